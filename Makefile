@@ -1,0 +1,50 @@
+# Everything a fresh Debian 12/13 or Ubuntu 24.04 needs is installed from here: `make demo` and `make test` do their own set-up.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint clean
+
+# The system's Python: the kernel starts the stub with it, and containers made from this machine have it at the same place.
+PYTHON ?= /usr/bin/python3
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
+VENV := .venv
+
+# What the programs are built with, what the demo shows, and what the tests crash, boot and read cores with.
+BUILD_PACKAGES := python3 python3-venv python3-dev gcc libc6-dev pkg-config libsystemd-dev libcap-dev
+DEMO_PACKAGES  := systemd systemd-container gdb
+TEST_PACKAGES  := podman runc util-linux
+PACKAGES := $(BUILD_PACKAGES) $(DEMO_PACKAGES) $(TEST_PACKAGES)
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+setup: $(VENV)/.ready ## install what is missing (apt, a virtual environment); leaves the three programs in .venv/bin
+
+$(VENV)/.ready: pyproject.toml Makefile
+	@missing=$$(for p in $(PACKAGES); do \
+	    dpkg-query -W -f '$${db:Status-Status}\n' $$p 2>/dev/null | grep -qx installed || echo $$p; done); \
+	if [ -n "$$missing" ]; then \
+	    echo "setup: installing Debian packages:" $$missing; \
+	    $(SUDO) env DEBIAN_FRONTEND=noninteractive sh -c "apt-get update -qq && apt-get install -y -qq --no-install-recommends $$(echo $$missing)" > /tmp/core_pipe-setup.$$$$.log 2>&1 \
+	        || { cat /tmp/core_pipe-setup.$$$$.log; exit 1; }; \
+	    rm -f /tmp/core_pipe-setup.$$$$.log; \
+	fi
+	@echo "setup: virtual environment in $(VENV) with $(PYTHON)"
+	@[ -x $(VENV)/bin/python ] || $(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --use-pep517 -e '.[dev]'
+	@touch $@
+
+demo: setup ## a real crash in a real systemd container, its core brought home, and a backtrace from it
+	@$(SUDO) $(VENV)/bin/python -m tests.demo
+
+test: setup lint ## lint, types and every test that this machine can run (root: real crashes, real containers)
+	@$(SUDO) $(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: setup
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy
+
+clean: ## remove what setup and the tools made here
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
