@@ -1,0 +1,204 @@
+"""Offer a core to a receiver, pass it, and watch that it comes to an end.
+
+Import budget: on the stub's start-up path, see `forwarder/stub.py`.
+"""
+
+from __future__ import annotations
+
+import _signal  # type: ignore[import-not-found]  # signal itself brings enum: 3 ms
+import errno
+import os
+import select
+import time
+
+from forwarder.rendezvous import Refused
+from receiver.protocol import (
+    ACCEPT,
+    CORE,
+    DONE,
+    OFFER,
+    REFUSE,
+    VERSION,
+    WANT_CORE,
+    WANT_RECORD,
+    Credentials,
+    PeerGone,
+    ProtocolError,
+    printable,
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from forwarder.crash import Crash
+    from forwarder.rendezvous import Place
+    from forwarder.route import Route
+    from receiver.protocol import Channel
+
+SIGKILL = 9
+# How often the watch looks at the kernel's account of the core's progress.
+WATCH_SECONDS = 1.0
+# From "done" to the end of the process: it only has to give its memory back.
+END_SECONDS = 2.0
+# systemd closes a connection above MaxConnections= at once: between two tries others may come to their end.
+RETRY_SECONDS = 0.05
+
+
+class Lost(Exception):
+    """The core was passed and did not come to a good end. It must not be offered again: somebody may still read it."""
+
+
+class Handoff:
+    """Brings one core to one receiver.
+
+    core: the read end of the kernel's pipe. Owned; closed as soon as it is passed, or with `close`: while anyone holds
+    it the kernel keeps the crashing process and its slot.
+    """
+
+    def __init__(self, crash: Crash, core: int, *, connect_seconds: float, stall_seconds: float) -> None:
+        self.crash = crash
+        self.core = core
+        self.connect_seconds = connect_seconds
+        self.stall_seconds = stall_seconds
+        # Who was asked and did not take it, and why: one line each.
+        self.tried: list[str] = []
+
+    def close(self) -> None:
+        """Let go of the core. When it was not passed, the kernel's next write fails and the dump ends."""
+        if self.core >= 0:
+            os.close(self.core)
+            self.core = -1
+
+    def bring(self, route: Route, place: Place) -> None:
+        """Bring the core to the receiver of a place and watch it to its end.
+
+        Raises Refused: nothing was passed, another may be asked. Raises Lost: it was passed and went wrong.
+        """
+        deadline = time.monotonic() + self.connect_seconds
+        while True:
+            channel = route.open(place, deadline)
+            try:
+                try:
+                    wants_core = self._offer(channel, deadline)
+                except (PeerGone, ConnectionError):
+                    # Over its MaxConnections=, or its worker fell over. Nothing was passed yet.
+                    if time.monotonic() + RETRY_SECONDS >= deadline:
+                        raise Refused("its receiver hung up on the offer") from None
+                    time.sleep(RETRY_SECONDS)
+                    continue
+                if wants_core:
+                    self._pass(channel, deadline)
+                    self._watch(channel)
+                else:
+                    self.close()
+                return
+            finally:
+                channel.close()
+
+    def _offer(self, channel: Channel, deadline: float) -> bool:
+        """Return whether the receiver wants the core. Raises Refused, and ConnectionError when it hangs up."""
+        crash = self.crash
+        # The last look before a stranger learns anything: the facts are of the process that crashed.
+        crash.verify()
+        fields = {
+            "version": b"%d" % VERSION,
+            "signal": b"%d" % crash.signal,
+            "time": b"%d" % crash.time,
+            "dumpable": b"%d" % crash.dumpable,
+            "core_limit": b"%d" % crash.core_limit,
+            "own_pid": b"%d" % crash.own_pid,
+            "own_tid": b"%d" % crash.own_tid,
+            "comm": crash.comm,
+        }
+        if self.tried:
+            fields["tried"] = "\n".join(self.tried).encode("ascii", "backslashreplace")[:4096]
+        process = Credentials(crash.pid, crash.uid, crash.gid)
+        thread = Credentials(crash.tid, crash.uid, crash.gid)
+        try:
+            channel.send(OFFER, fields, deadline, credentials=(process, thread))
+            answer = channel.receive(deadline)
+        except TimeoutError:
+            raise Refused("its receiver did not answer the offer before the deadline") from None
+        except ProtocolError as error:
+            raise Refused(f"its receiver does not speak the protocol: {error}") from None
+        except OSError as error:
+            if isinstance(error, ConnectionError):
+                raise
+            raise Refused(f"the offer failed ({error.strerror})") from None
+        answer.close()
+        if answer.kind == REFUSE:
+            raise Refused(f"its receiver refused: {printable(answer.fields.get('reason', b'no reason given'))}")
+        want = answer.fields.get("want")
+        if answer.kind != ACCEPT or want not in (WANT_CORE, WANT_RECORD):
+            raise Refused("its receiver does not speak the protocol: neither accepted nor refused")
+        return want == WANT_CORE
+
+    def _pass(self, channel: Channel, deadline: float) -> None:
+        """Pass the core and close it here. From its first byte on there is no way back: two would read one core (H23)."""
+        self.crash.verify()
+        names = [b"core"]
+        descriptors = [self.core]
+        if self.crash.pidfd >= 0:
+            names.append(b"pidfd")
+            descriptors.append(self.crash.pidfd)
+        try:
+            channel.send(CORE, {"descriptors": b" ".join(names)}, deadline, descriptors=tuple(descriptors))
+        except OSError as error:
+            # sendmsg(2) passes descriptors with the first byte or not at all, and this message goes in one piece.
+            # A receiver that is gone took nothing with it; still the rule is to ask nobody else.
+            self._end()
+            raise Lost(f"its receiver was gone before the core was passed ({error.strerror or 'time out'})") from None
+        finally:
+            self.close()
+
+    def _watch(self, channel: Channel) -> None:
+        """Wait until the core is read. Raises Lost; the crashed process has been killed then.
+
+        The measure of progress is the kernel's account of what the dumping thread wrote, not the receiver's word. An
+        honest slow write of a huge core lasts as long as it needs; a reader that stops, or keeps the descriptor, is
+        ended with the process: that is what frees the kernel's slot.
+        """
+        poll = select.poll()
+        poll.register(channel.fileno(), select.POLLIN)
+        written = self.crash.written()
+        patience = time.monotonic() + self.stall_seconds
+        while not poll.poll(WATCH_SECONDS * 1000):
+            now = self.crash.written()
+            if now > written:
+                written = now
+                patience = time.monotonic() + self.stall_seconds
+            elif time.monotonic() >= patience:
+                self._end()
+                raise Lost(f"its receiver took nothing of the core for {self.stall_seconds:g} s")
+        try:
+            answer = channel.receive(time.monotonic() + WATCH_SECONDS)
+            answer.close()
+        except (ProtocolError, TimeoutError, OSError) as error:
+            self._end()
+            raise Lost(f"its receiver ended without a result after it had the core ({error})") from None
+        if answer.kind != DONE:
+            self._end()
+            raise Lost("its receiver does not speak the protocol: no result after the core")
+        if not self._ends_by_itself():
+            self._end()
+            raise Lost("its receiver said that it was done and kept the core's descriptor")
+
+    def _ends_by_itself(self) -> bool:
+        """Whether the crashed process leaves the kernel's dump within END_SECONDS."""
+        poll = select.poll()
+        poll.register(self.crash.pidfd, select.POLLIN)
+        if poll.poll(END_SECONDS * 1000):
+            return True
+        # Giving back a huge memory takes its time; being out of the dump is what counts.
+        try:
+            self.crash.verify()
+        except Exception:
+            return True
+        return False
+
+    def _end(self) -> None:
+        """Kill the crashed process, which is what frees its slot whoever still holds the descriptor."""
+        try:
+            _signal.pidfd_send_signal(self.crash.pidfd, SIGKILL)
+        except OSError as error:
+            if error.errno != errno.ESRCH:
+                raise

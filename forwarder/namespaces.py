@@ -1,0 +1,152 @@
+"""What /proc and nsfs say of processes and namespaces, read through descriptors.
+
+Import budget: on the stub's start-up path, see `forwarder/stub.py`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+
+# <linux/nsfs.h>
+NS_GET_USERNS = 0xB701
+NS_GET_PARENT = 0xB702
+# _IOR(NSIO, 6, int), since 6.11 (ca567df74a28): a pid of that namespace, in ours.
+NS_GET_PID_FROM_PIDNS = 0x8004B706
+
+# A namespace's identity: st_dev and st_ino of its nsfs file (namespaces(7)).
+Identity = tuple[int, int]
+
+# user_namespaces(7): at most 32 levels; pid_namespaces(7) likewise.
+MAX_DEPTH = 33
+
+
+def read_at(directory: int, name: str, limit: int) -> bytes:
+    """Return at most `limit` bytes of a file below a directory's descriptor. Raises OSError."""
+    if directory < 0:
+        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC)
+    else:
+        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=directory)
+    try:
+        parts = []
+        while limit > 0:
+            part = os.read(fd, limit)
+            if not part:
+                break
+            parts.append(part)
+            limit -= len(part)
+        return b"".join(parts)
+    finally:
+        os.close(fd)
+
+
+def status_value(status: bytes, name: bytes) -> list[bytes] | None:
+    """Return the words after `name:` in a proc status file, None when there is no such line."""
+    for line in status.splitlines():
+        if line.startswith(name + b":"):
+            return line[len(name) + 1 :].split()
+    return None
+
+
+def pid_of_pidfd(pidfd: int) -> int:
+    """Return the pid (our namespace) of the process, 0 when it is not in ours, -1 when it has been reaped."""
+    words = status_value(read_at(-1, f"/proc/self/fdinfo/{pidfd}", 4096), b"Pid")
+    return int(words[0]) if words else -1
+
+
+def identity(fd: int) -> Identity:
+    """Return which file it is, for a namespace or a directory."""
+    found = os.fstat(fd)
+    return found.st_dev, found.st_ino
+
+
+def open_namespace(directory: int, kind: str) -> int:
+    """Return a descriptor of a process's namespace; `directory` is its proc directory. Raises OSError."""
+    return os.open(f"ns/{kind}", os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
+
+
+def identity_of(directory: int, kind: str) -> Identity:
+    """Return the identity of a process's namespace; `directory` is its proc directory. Raises OSError."""
+    found = os.stat(f"ns/{kind}", dir_fd=directory)
+    return found.st_dev, found.st_ino
+
+
+def owner_of(namespace: int) -> Identity:
+    """Return the user namespace that owns a namespace. Raises OSError."""
+    fd = fcntl.ioctl(namespace, NS_GET_USERNS)
+    try:
+        return identity(fd)
+    finally:
+        os.close(fd)
+
+
+def ancestry(namespace: int) -> list[Identity]:
+    """Return a pid or user namespace and those around it, innermost first, as far as we may see."""
+    found = [identity(namespace)]
+    fd = os.dup(namespace)
+    try:
+        while len(found) < MAX_DEPTH:
+            try:
+                parent = fcntl.ioctl(fd, NS_GET_PARENT)
+            except OSError:
+                # EPERM: the next one is outside of ours, or there is none.
+                break
+            os.close(fd)
+            fd = parent
+            found.append(identity(fd))
+    finally:
+        os.close(fd)
+    return found
+
+
+def parent_of(namespace: int) -> int | None:
+    """Return a descriptor of the namespace around a pid namespace, None at the outermost that we may see."""
+    try:
+        return fcntl.ioctl(namespace, NS_GET_PARENT)
+    except OSError:
+        return None
+
+
+def init_of(pid_namespace: int) -> int | None:
+    """Return a descriptor of the proc directory of a pid namespace's init, None when there is none."""
+    wanted = identity(pid_namespace)
+    try:
+        candidates = [str(fcntl.ioctl(pid_namespace, NS_GET_PID_FROM_PIDNS, 1))]
+    except OSError:
+        # Before 6.11 nobody tells: look at every process.
+        candidates = [name for name in os.listdir("/proc") if name.isdigit()]
+    for name in candidates:
+        directory = -1
+        try:
+            directory = os.open(f"/proc/{name}", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            words = status_value(read_at(directory, "status", 16384), b"NSpid")
+            if words and words[-1] == b"1" and identity_of(directory, "pid") == wanted:
+                return directory
+        except OSError:
+            pass
+        if directory >= 0:
+            os.close(directory)
+    return None
+
+
+def mapped_root(directory: int, kind: str = "uid_map") -> int | None:
+    """Return the id, in ours, of root of a process's user namespace; None when it has none."""
+    for inside, outside, _count in _map(directory, kind):
+        if inside == 0:
+            return outside
+    return None
+
+
+def is_mapped(directory: int, number: int, kind: str = "uid_map") -> bool:
+    """Whether an id of ours has a number in a process's user namespace; `directory` is its proc directory."""
+    # A half-open range: the first id past it is somebody else's.
+    return any(outside <= number < outside + count for _, outside, count in _map(directory, kind))
+
+
+def _map(directory: int, kind: str) -> list[tuple[int, int, int]]:
+    rows = []
+    for line in read_at(directory, kind, 65536).splitlines():
+        words = line.split()
+        if len(words) == 3:
+            rows.append((int(words[0]), int(words[1]), int(words[2])))
+    return rows

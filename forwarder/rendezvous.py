@@ -1,0 +1,183 @@
+"""The way to a receiver's socket, and who listens there.
+
+Everything below a container's root belongs to the container: it may be a link, a FIFO, a socket of somebody else, and
+may be swapped at any moment. So the path is walked by descriptors, the socket is connected through its descriptor, and
+what counts in the end is the kernel's word on who listens at the other end of the very connection that gets the core.
+
+Import budget: on the stub's start-up path, see `forwarder/stub.py`.
+"""
+
+from __future__ import annotations
+
+import _socket
+import _struct
+import os
+import time
+
+from forwarder import namespaces
+from receiver.protocol import Channel
+
+DIRECTORY = "run"
+NAME = "core_pipe.socket"
+S_IFMT, S_IFSOCK = 0o170000, 0o140000
+
+
+class Refused(Exception):
+    """This place may not or will not take the core. The text is one line for people; no byte of a stranger's in it."""
+
+
+class Absent(Refused):
+    """There is no receiver here, which is nobody's fault."""
+
+
+class Place:
+    """A root directory in which a receiver's socket may stand. Owns its descriptors.
+
+    root: the directory, O_PATH. pid_ns, mnt_ns, owner: the identities of the namespaces whose root it is, and of the
+    user namespace that owns the mount namespace. is_host: the host's own.
+    """
+
+    __slots__ = ("is_host", "mnt_ns", "name", "owner", "pid_ns", "root")
+
+    def __init__(self, name: str, directory: str | int, *, is_host: bool = False) -> None:
+        """Take the root and namespaces of a process. directory: its proc directory. Raises OSError."""
+        self.name = name
+        self.is_host = is_host
+        opened = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC) if isinstance(directory, str) else -1
+        process = directory if isinstance(directory, int) else opened
+        self.root = -1
+        try:
+            self.root = os.open("root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=process)
+            self.pid_ns = namespaces.identity_of(process, "pid")
+            mnt_ns = namespaces.open_namespace(process, "mnt")
+            try:
+                self.mnt_ns = namespaces.identity(mnt_ns)
+                self.owner = namespaces.owner_of(mnt_ns)
+            finally:
+                os.close(mnt_ns)
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            if opened >= 0:
+                os.close(opened)
+
+    def close(self) -> None:
+        if self.root >= 0:
+            os.close(self.root)
+            self.root = -1
+
+    def same_as(self, other: Place) -> bool:
+        return self.mnt_ns == other.mnt_ns and os.path.samestat(os.fstat(self.root), os.fstat(other.root))
+
+
+def find_socket(root: int) -> int:
+    """Return an O_PATH descriptor of the socket below a root. Raises Absent, Refused.
+
+    O_NOFOLLOW with O_PATH gives the link itself: an absolute one would be resolved against *our* root and name a
+    socket of the host (H2 in the field's list: Apport handed cores to the host's sockets that way).
+    """
+    try:
+        directory = os.open(DIRECTORY, os.O_PATH | os.O_NOFOLLOW | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=root)
+    except FileNotFoundError:
+        raise Absent(f"there is no /{DIRECTORY}") from None
+    except OSError as error:
+        # ENOTDIR is what a symlink gives here.
+        raise Refused(f"/{DIRECTORY} is not a directory that can be entered ({error.strerror})") from None
+    try:
+        sock = os.open(NAME, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+    except FileNotFoundError:
+        raise Absent(f"there is no /{DIRECTORY}/{NAME}") from None
+    except OSError as error:
+        raise Refused(f"/{DIRECTORY}/{NAME} cannot be opened ({error.strerror})") from None
+    finally:
+        os.close(directory)
+    if os.fstat(sock).st_mode & S_IFMT != S_IFSOCK:
+        os.close(sock)
+        raise Refused(f"/{DIRECTORY}/{NAME} is not a socket")
+    return sock
+
+
+def connect(place: Place, deadline: float) -> tuple[Channel, os.stat_result]:
+    """Return a connection to the socket of a place, and what fstat says of that socket. Raises Absent, Refused.
+
+    deadline: on time.monotonic(). A listener whose backlog is full makes connect(2) wait (H1: for ever, in Apport).
+    """
+    path = find_socket(place.root)
+    try:
+        found = os.fstat(path)
+        sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
+        try:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise Refused("there was no time left to connect")
+            # Not settimeout(): it makes the socket non-blocking, and then a full backlog is EAGAIN at once.
+            sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_SNDTIMEO, _struct.pack("ll", int(left), int(left % 1 * 1e6)))
+            sock.connect(f"/proc/self/fd/{path}")
+        except BlockingIOError:
+            sock.close()
+            raise Refused("its queue of connections stayed full until the deadline") from None
+        except ConnectionRefusedError:
+            sock.close()
+            raise Absent("nobody listens at its socket") from None
+        except OSError as error:
+            sock.close()
+            raise Refused(f"its socket cannot be connected ({error.strerror})") from None
+        except BaseException:
+            sock.close()
+            raise
+        return Channel(sock), found
+    finally:
+        os.close(path)
+
+
+def check_listener(
+    channel: Channel,
+    found: os.stat_result,
+    place: Place,
+    host: Place,
+    enclosing: list[namespaces.Identity],
+    owners: list[namespaces.Identity],
+) -> None:
+    """Make sure that a connection ends inside the place, at a receiver of a root who owns the crashed process.
+
+    It is the listener that is judged, not the path: who called listen(2), for a systemd socket the container's systemd.
+
+    found: fstat of the socket's file. enclosing: the crashed process's pid namespace and those around it, without the
+    host's. owners: its user namespace and those around it.
+
+    Raises Refused.
+    """
+    peer = channel.peer()
+    if peer.pid <= 0:
+        raise Refused("its listener is not visible from the host")
+    listener = -1
+    pidfd = None
+    try:
+        pidfd = channel.peer_pidfd()
+        listener = os.open(f"/proc/{peer.pid}", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        if pidfd is not None and namespaces.pid_of_pidfd(pidfd) != peer.pid:
+            raise Refused("its listener has ended")
+        pid_ns = namespaces.identity_of(listener, "pid")
+        mnt_ns = namespaces.identity_of(listener, "mnt")
+        user_ns = namespaces.identity_of(listener, "user")
+        root = namespaces.mapped_root(listener)
+    except OSError as error:
+        raise Refused(f"its listener cannot be identified ({error.strerror})") from None
+    finally:
+        for fd in (listener, pidfd):
+            if fd is not None and fd >= 0:
+                os.close(fd)
+    if place.is_host:
+        inside = pid_ns == host.pid_ns
+    else:
+        # The host's own listener stands in the host's mount namespace, by whatever path a container got at it.
+        inside = mnt_ns != host.mnt_ns and (pid_ns in enclosing or mnt_ns == place.mnt_ns)
+    if not inside:
+        raise Refused("its listener is not inside it")
+    if user_ns not in owners:
+        raise Refused("its listener's user namespace does not own the process")
+    if root is None or found.st_uid != root or peer.uid != root:
+        raise Refused("its socket and listener are not both its root's")
+    if found.st_mode & 0o022:
+        raise Refused(f"its socket may be connected by others than its root (mode {found.st_mode & 0o7777:04o})")

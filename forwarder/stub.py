@@ -1,0 +1,95 @@
+"""The kernel's pipe helper: its start-up is the latency of every crash.
+
+Import budget
+-------------
+The kernel starts a Python for each crash, so each import here is paid by a process that waits in the kernel. Allowed on
+this path, and held by tests/test_stub.py: the interpreter's built-in modules (_signal, _socket, _struct, errno, fcntl,
+select, time), os with what it brings, and forwarder.{stub,crash,namespaces,rendezvous,route,handoff} and
+receiver.protocol. No typing, no socket, no json, no logging, no dataclasses, no third-party package. What is rare (a
+crash that nobody takes) is imported where it is needed.
+
+It runs as `python -IBS` from a staged copy (`forwarder/install.py`): isolated from the environment and from site
+packages, never writing byte code at a crash, in the directory `/`, as root in the initial namespaces.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from forwarder.crash import Crash, Unidentified, parse
+from forwarder.handoff import Handoff, Lost
+from forwarder.rendezvous import Absent, Refused
+from forwarder.route import Route
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+CORE = 0
+
+
+def open_standard_streams() -> None:
+    """Fill 1 and 2, which the kernel leaves closed: else the next descriptors to be opened become stdout and stderr."""
+    while True:
+        fd = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+        if fd > 2:
+            os.close(fd)
+            return
+
+
+def main(settings: Mapping[str, object], arguments: list[str] | None = None) -> int:
+    """Bring one crash home. Returns the exit status, which nobody reads: 0 when a receiver had it.
+
+    settings: as `forwarder.install.stub_settings` embeds them. arguments: those of core_pattern (default: sys.argv).
+    """
+    open_standard_streams()
+    crash: Crash | None = None
+    tried: list[str] = []
+    try:
+        crash = Crash(parse(sys.argv[1:] if arguments is None else arguments))
+        crash.identify()
+        reason = _bring(crash, settings, tried)
+    except (ValueError, Unidentified) as error:
+        reason = str(error)
+    except Exception as error:
+        # The last resort: whatever happens, a record.
+        reason = f"{type(error).__name__}: {error}"
+    if reason is None:
+        return 0
+    from forwarder import unhandled  # noqa: PLC0415 - rare
+
+    unhandled.record(settings, crash, sys.argv[1:] if arguments is None else arguments, reason, tried)
+    return 1
+
+
+def _bring(crash: Crash, settings: Mapping[str, object], tried: list[str]) -> str | None:
+    """Return None when a receiver had it, else why none had."""
+    handoff = Handoff(
+        crash,
+        CORE,
+        connect_seconds=float(str(settings.get("connect_seconds", 5.0))),
+        stall_seconds=float(str(settings.get("stall_seconds", 60.0))),
+    )
+    handoff.tried = tried
+    route = Route(crash)
+    try:
+        kept_on_host = route.host_only_because()
+        if kept_on_host is not None and route.is_container:
+            tried.append(f"containers: {kept_on_host}")
+        for place in route.places():
+            try:
+                handoff.bring(route, place)
+            except Absent as absent:
+                tried.append(f"{place.name}: {absent}")
+            except Refused as refused:
+                tried.append(f"{place.name}: {refused}")
+            except Lost as lost:
+                return f"{place.name}: {lost}"
+            else:
+                return None
+        return "no receiver took the core: " + "; ".join(tried)
+    finally:
+        # Whatever comes now takes time, and the process shall not wait for it.
+        handoff.close()
+        route.close()
