@@ -1,0 +1,166 @@
+"""Facts about the crashed process, read from inside: its own names for things, never the host's.
+
+The process waits in the kernel while this is read. Everything in these files but the numbers is its own choice.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import TYPE_CHECKING
+
+from receiver.record import text
+
+if TYPE_CHECKING:
+    from receiver.record import Record
+
+# Bounds on what one record holds of each list; a process may have megabytes of either.
+MAX_ARGUMENTS = 32768
+MAX_ENVIRONMENT = 65536
+MASK = "(masked)"
+AT_SECURE = 23
+
+
+class Process:
+    """The proc directory of a process in our own pid namespace. Owns its descriptor."""
+
+    def __init__(self, pid: int) -> None:
+        """Open it. Raises OSError when it is not there (no /proc, hidden, gone)."""
+        self.directory = os.open(f"/proc/{pid}", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+
+    def close(self) -> None:
+        os.close(self.directory)
+
+    def read(self, name: str, limit: int) -> bytes | None:
+        """Return at most `limit` bytes of a file, None when it cannot be read."""
+        try:
+            fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self.directory)
+        except OSError:
+            return None
+        try:
+            parts = []
+            while limit > 0 and (part := os.read(fd, limit)):
+                parts.append(part)
+                limit -= len(part)
+            return b"".join(parts)
+        except OSError:
+            return None
+        finally:
+            os.close(fd)
+
+    def link(self, name: str) -> bytes | None:
+        """Return the target of a link such as exe or cwd, None when it cannot be read."""
+        try:
+            return os.readlink(name.encode(), dir_fd=self.directory)
+        except OSError:
+            return None
+
+    def is_dumping(self) -> bool | None:
+        """Whether it is dumping core now; None when its status cannot be read."""
+        status = self.read("status", 16384)
+        return None if status is None else b"\nCoreDumping:\t1\n" in status
+
+    def describe(self, record: Record, secret: re.Pattern[str]) -> None:
+        """Fill in what /proc tells. secret: names of environment variables whose values are masked."""
+        exe = self.link("exe")
+        if exe is not None:
+            record.exe = text(exe)
+        for name in ("cwd", "root"):
+            target = self.link(name)
+            if target is not None:
+                setattr(record, name, text(target))
+        if record.root == "/":
+            record.root = None
+        self._status(record)
+        command_line = self.read("cmdline", MAX_ARGUMENTS)
+        if command_line is not None:
+            record.command_line = [text(word) for word in _split(command_line)]
+        environment = self.read("environ", MAX_ENVIRONMENT)
+        if environment is not None:
+            record.environment = mask(environment, secret)
+        cgroup = self.read("cgroup", 8192)
+        if cgroup:
+            record.cgroup = text(_cgroup(cgroup))
+        limits = self.read("limits", 8192)
+        if limits:
+            record.limits = _limits(limits)
+
+    def _status(self, record: Record) -> None:
+        status = self.read("status", 16384) or b""
+        kinds = ("real", "effective", "saved", "filesystem")
+        for line in status.splitlines():
+            name, _, rest = line.partition(b":\t")
+            if name in (b"Uid", b"Gid", b"Groups"):
+                numbers = [int(word) for word in rest.split()]
+                if name == b"Uid" and len(numbers) == 4:
+                    record.uids = dict(zip(kinds, numbers, strict=True))
+                    record.uid, record.euid = numbers[0], numbers[1]
+                elif name == b"Gid" and len(numbers) == 4:
+                    record.gids = dict(zip(kinds, numbers, strict=True))
+                    record.gid, record.egid = numbers[0], numbers[1]
+                elif name == b"Groups":
+                    record.groups = numbers
+
+    def is_secure(self) -> bool:
+        """Whether it was started with more rights than its user has (AT_SECURE, getauxval(3)); True when unknown."""
+        auxv = self.read("auxv", 4096)
+        if not auxv:
+            return True
+        # Pairs of the process's own word size: 64 bits, or 32 for a 32-bit program.
+        for size in (8, 4):
+            words = [int.from_bytes(auxv[at : at + size], "little") for at in range(0, len(auxv), size)]
+            found = dict(zip(words[::2], words[1::2], strict=False))
+            # AT_PAGESZ (6) tells which of the two it is.
+            if found.get(6, 0) in (4096, 16384, 65536):
+                return found.get(AT_SECURE, 1) != 0
+        return True
+
+
+def user_may_read(record: Record, *, secure: bool) -> bool:
+    """Whether the user who ran the process may read its core and record.
+
+    Not when it had, or had had, more than his rights: a core holds what the program had read (CVE-2013-1067,
+    CVE-2022-4415).
+    """
+    if secure or record.dumpable != 1 or record.uids is None or record.gids is None:
+        return False
+    return len(set(record.uids.values())) == 1 and len(set(record.gids.values())) == 1
+
+
+def mask(environment: bytes, secret: re.Pattern[str]) -> dict[str, str]:
+    """Return the environment with the values of secret names masked."""
+    found: dict[str, str] = {}
+    for entry in _split(environment):
+        name, equals, value = entry.partition(b"=")
+        if equals:
+            shown = text(name)
+            found.setdefault(shown, MASK if secret.search(shown) else text(value))
+    return found
+
+
+def _split(raw: bytes) -> list[bytes]:
+    return raw.removesuffix(b"\0").split(b"\0") if raw else []
+
+
+def _cgroup(raw: bytes) -> bytes:
+    """Return the path in the unified hierarchy, or in systemd's or the memory's on version 1 (cgroups(7))."""
+    paths = {}
+    for line in raw.splitlines():
+        _, controllers, path = [*line.split(b":", 2), b"", b""][:3]
+        paths[controllers] = path
+    for wanted in (b"", b"name=systemd", b"memory"):
+        if paths.get(wanted, b"/") != b"/":
+            return paths[wanted]
+    return b"/"
+
+
+def _limits(raw: bytes) -> dict[str, dict[str, int | None]]:
+    """Return soft and hard limits by name as in proc_pid_limits(5), None for unlimited."""
+    found: dict[str, dict[str, int | None]] = {}
+    for line in raw.splitlines()[1:]:
+        match = re.match(rb"Max (.+?)\s{2,}(\d+|unlimited)\s+(\d+|unlimited)", line)
+        if match:
+            name = match[1].decode("ascii", "replace").replace(" ", "_")
+            soft, hard = (None if word == b"unlimited" else int(word) for word in match.groups()[1:])
+            found[name] = {"soft": soft, "hard": hard}
+    return found

@@ -1,0 +1,421 @@
+"""The store: a directory of cores and records, its names, its total, and what a killed worker leaves behind.
+
+Names in it, ID being the record's::
+
+    ID.json                 the record            ID.core.zst, ID.core    the core, whole
+    .ID.json                a crash being written: the record if it ends now. Locked by its worker while he lives
+    .ID.core                its core so far
+    .ID.room                how much of the store it may use: a sparse file whose size is the number
+    .ID.final               its final record: from here on it is complete, and whoever finds it finishes the renames
+    .lock                   held (flock) while names come and go and while room is given
+
+A name is opened relative to the directory's descriptor, made with O_EXCL and never followed; the directory must be
+writable by its owner only, so nobody can prepare, swap or guess one (H12).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import re
+import stat
+import struct
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from receiver.record import Core, Record
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+DEFAULT = "/var/lib/core_pipe"
+CORE_SUFFIXES = {"zstd": ".core.zst", "none": ".core"}
+INTERRUPTED = "interrupted: the receiver ended before the core was complete"
+MAX_RECORD = 1 << 20
+# Names come and go in microseconds; who holds the lock longer is stuck.
+LOCK_SECONDS = 10.0
+ID = re.compile(r"[0-9]{8}T[0-9]{6}Z-[0-9]{1,20}-[0-9a-f]{8}")
+
+
+class StoreError(Exception):
+    """The store cannot be used. The text is a fact and what to do."""
+
+
+class NoRoom(Exception):
+    """A limit of the store does not allow more. The text names the limit."""
+
+
+def no_limit(_filesystem_total: int) -> None:
+    """Stand for a limit that is off."""
+
+
+class Store:
+    """A store's directory. Owns its descriptor.
+
+    limit: asked for the largest total of stored bytes, given the bytes of the file system; None for no limit.
+    keep_free: likewise, how many bytes to leave free in the file system.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        limit: Callable[[int], int | None] = no_limit,
+        keep_free: Callable[[int], int | None] = no_limit,
+        create: bool = True,
+    ) -> None:
+        """Open the directory, and make it when it is not there. Raises StoreError."""
+        self.path = path
+        self._limit = limit
+        self._keep_free = keep_free
+        try:
+            if create and not os.path.isdir(path):
+                os.makedirs(path, exist_ok=True)
+                # Whatever the umask: users read their own cores in here, by each file's own mode.
+                os.chmod(path, 0o755)
+            self.directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError as error:
+            raise StoreError(
+                f"{path}: cannot be opened as a directory ({error.strerror}). "
+                "Make it a directory of root's, not a link, or name another with the setting 'store'"
+            ) from None
+        found = os.fstat(self.directory)
+        if create and (found.st_uid != os.geteuid() or found.st_mode & 0o022):
+            os.close(self.directory)
+            raise StoreError(
+                f"{path}: belongs to uid {found.st_uid} with mode {stat.S_IMODE(found.st_mode):04o}, so others could "
+                f"put files there. Run: chown {os.geteuid()} {path} && chmod 0755 {path}"
+            )
+
+    def close(self) -> None:
+        os.close(self.directory)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the store's lock. Raises StoreError after LOCK_SECONDS."""
+        fd = self._open(".lock", os.O_RDWR | os.O_CREAT)
+        try:
+            deadline = time.monotonic() + LOCK_SECONDS
+            while True:
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        raise StoreError(
+                            f"{self.path}/.lock has been held for {LOCK_SECONDS:g} s. Find its holder with 'lslocks'"
+                        ) from None
+                    time.sleep(0.002)
+            yield
+        finally:
+            os.close(fd)
+
+    def _open(self, name: str, flags: int, mode: int = 0o600) -> int:
+        return os.open(name, flags | os.O_CLOEXEC | os.O_NOFOLLOW, mode, dir_fd=self.directory)
+
+    def _unlink(self, name: str) -> None:
+        try:
+            os.unlink(name, dir_fd=self.directory)
+        except FileNotFoundError:
+            pass
+
+    def _write(self, name: str, data: bytes, *, readers: int | None = None) -> None:
+        """Write a file whole, or not at all under its name."""
+        temporary = f"{name}.new"
+        self._unlink(temporary)
+        fd = self._open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        try:
+            write_all(fd, data)
+            publish_mode(fd, readers)
+            os.fsync(fd)
+        except BaseException:
+            self._unlink(temporary)
+            raise
+        finally:
+            os.close(fd)
+        os.rename(temporary, name, src_dir_fd=self.directory, dst_dir_fd=self.directory)
+
+    def begin(self, record: Record) -> Entry:
+        """Begin to keep a crash: from now on it leaves a record whatever happens. Raises OSError, StoreError."""
+        with self.locked():
+            fd = self._open(f".{record.id}.json", os.O_RDWR | os.O_CREAT | os.O_EXCL)
+            try:
+                # Before anybody else may look for those whose worker is gone.
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                was, record.core = record.core, Core(reason=INTERRUPTED)
+                write_all(fd, record.dumps())
+                record.core = was
+            except BaseException:
+                os.close(fd)
+                self._unlink(f".{record.id}.json")
+                raise
+        return Entry(self, record, fd)
+
+    def add_record(self, record: Record) -> None:
+        """Keep a record that has no core. Raises OSError, StoreError."""
+        self._write(f"{record.id}.json", record.dumps())
+
+    def names(self) -> list[str]:
+        return os.listdir(self.directory)
+
+    def used(self, *, without: str | None = None) -> int:
+        """Return the bytes that cores take, on disk or promised to their workers. without: an id not to count."""
+        total = 0
+        for name in self.names():
+            owner = name.removeprefix(".").split(".")[0]
+            if owner == without:
+                continue
+            try:
+                found = os.stat(name, dir_fd=self.directory, follow_symlinks=False)
+            except FileNotFoundError:
+                continue
+            if name.startswith("."):
+                if name.endswith(".room"):
+                    total += found.st_size
+            elif name.endswith((".core", ".core.zst")):
+                total += found.st_blocks * 512
+        return total
+
+    def make_room(self, owner: str, wanted: int, written: int) -> None:
+        """See to it that a worker may use `wanted` bytes, and evict the oldest cores for it. Raises NoRoom.
+
+        written: how many it has used already. Call it with the lock held.
+        """
+        system = os.fstatvfs(self.directory)
+        whole = system.f_blocks * system.f_frsize
+        limit = self._limit(whole)
+        if limit is not None and wanted > limit:
+            raise NoRoom(f"it takes more than the store may hold in all (store_max, {limit} bytes)")
+        while limit is not None and self.used(without=owner) + wanted > limit:
+            if not self._evict_oldest("store_max"):
+                raise NoRoom(f"cores being written take up the store's total (store_max, {limit} bytes)")
+        keep_free = self._keep_free(whole) or 0
+        while True:
+            system = os.fstatvfs(self.directory)
+            if system.f_bavail * system.f_frsize - (wanted - written) >= keep_free:
+                return
+            if not self._evict_oldest("keep_free"):
+                raise NoRoom(f"the file system has to keep {keep_free} bytes free (keep_free)")
+
+    def _evict_oldest(self, why: str) -> bool:
+        """Remove the oldest core, and say so in its record. Returns whether there was one."""
+        cores = sorted(name for name in self.names() if name[:1] != "." and name.endswith((".core", ".core.zst")))
+        if not cores:
+            return False
+        self._unlink(cores[0])
+        owner = cores[0].split(".")[0]
+        try:
+            record = self.load(owner)
+            record.core = Core(
+                reason=f"evicted: newer cores needed its room ({why})", size_bytes=record.core.size_bytes
+            )
+            self._rewrite(record)
+        except (OSError, ValueError):
+            # It had no readable record; its core is gone all the same.
+            pass
+        return True
+
+    def _rewrite(self, record: Record) -> None:
+        """Replace a record, and leave its readers as they are."""
+        acl = None
+        fd = self._open(f"{record.id}.json", os.O_RDONLY)
+        try:
+            acl = os.getxattr(fd, ACL)
+        except OSError:
+            pass
+        finally:
+            os.close(fd)
+        self._write(f"{record.id}.json", record.dumps())
+        if acl is not None:
+            fd = self._open(f"{record.id}.json", os.O_RDONLY)
+            try:
+                os.setxattr(fd, ACL, acl)
+            finally:
+                os.close(fd)
+
+    def load(self, owner: str) -> Record:
+        """Return the record with this id. Raises OSError, ValueError."""
+        fd = self._open(f"{owner}.json", os.O_RDONLY | os.O_NONBLOCK)
+        with os.fdopen(fd, "rb") as file:
+            raw = file.read(MAX_RECORD + 1)
+        if len(raw) > MAX_RECORD:
+            raise ValueError("it is larger than a record may be")
+        return Record.from_json(json.loads(raw))
+
+    def records(self) -> Iterator[tuple[str, Record | None]]:
+        """Yield (id, record) in the order of time; None for one that is no record or may not be read."""
+        for name in sorted(self.names()):
+            if not name.startswith(".") and name.endswith(".json"):
+                owner = name.removesuffix(".json")
+                try:
+                    yield owner, self.load(owner)
+                except (OSError, ValueError, RecursionError):
+                    yield owner, None
+
+    def open_core(self, record: Record) -> int:
+        """Return a descriptor of a record's core. Raises OSError."""
+        for suffix in CORE_SUFFIXES.values():
+            try:
+                return self._open(record.id + suffix, os.O_RDONLY)
+            except FileNotFoundError:
+                continue
+        raise FileNotFoundError(errno.ENOENT, "there is no core", os.path.join(self.path, record.id))
+
+    def recover(self) -> list[str]:
+        """Finish or clear away what workers left that are gone. Returns the ids. Raises OSError, StoreError."""
+        found = []
+        with self.locked():
+            for name in self.names():
+                owner = name.removeprefix(".").removesuffix(".json")
+                if name != f".{owner}.json" or not ID.fullmatch(owner):
+                    continue
+                try:
+                    fd = self._open(name, os.O_RDWR)
+                except FileNotFoundError:
+                    continue
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    continue
+                else:
+                    self._roll(owner)
+                    found.append(owner)
+                finally:
+                    os.close(fd)
+        return found
+
+    def _roll(self, owner: str) -> None:
+        """Bring one crash to its end: forward when its final record stands, else back to a record without a core."""
+        names = set(self.names())
+        if f".{owner}.final" in names:
+            fd = self._open(f".{owner}.final", os.O_RDONLY)
+            with os.fdopen(fd, "rb") as file:
+                record = Record.from_json(json.loads(file.read(MAX_RECORD)))
+            if f".{owner}.core" in names and record.core.path is not None:
+                target = owner + CORE_SUFFIXES[record.core.compression or "none"]
+                # link(2) and not rename(2): it never replaces what stands there.
+                if target not in names:
+                    os.link(f".{owner}.core", target, src_dir_fd=self.directory, dst_dir_fd=self.directory)
+            os.rename(f".{owner}.final", f"{owner}.json", src_dir_fd=self.directory, dst_dir_fd=self.directory)
+        elif f"{owner}.json" not in names:
+            os.link(f".{owner}.json", f"{owner}.json", src_dir_fd=self.directory, dst_dir_fd=self.directory)
+        for suffix in ("core", "room", "final.new", "json"):
+            self._unlink(f".{owner}.{suffix}")
+        os.fsync(self.directory)
+
+
+class Entry:
+    """A crash that is being written. Owns the lock on its pending record, and its core's file."""
+
+    # Room is asked for in steps, so that the store is not counted at each write.
+    STEP = 8 << 20
+
+    def __init__(self, store: Store, record: Record, lock: int) -> None:
+        self.store = store
+        self.record = record
+        self._lock = lock
+        self._room = 0
+        self.core = -1
+
+    def open_core(self) -> int:
+        """Return the file for the core, write-only. The entry owns it. Raises OSError."""
+        self.core = self.store._open(f".{self.record.id}.core", os.O_WRONLY | os.O_CREAT | os.O_EXCL)  # noqa: SLF001
+        return self.core
+
+    def grow(self, size: int) -> None:
+        """Make sure that the core's file may have `size` bytes. Raises NoRoom, OSError, StoreError."""
+        if size <= self._room:
+            return
+        name = f".{self.record.id}.room"
+        with self.store.locked():
+            for wanted in (size + self.STEP, size):
+                try:
+                    self.store.make_room(self.record.id, wanted, self._room)
+                    break
+                except NoRoom:
+                    if wanted == size:
+                        raise
+            fd = self.store._open(name, os.O_WRONLY | os.O_CREAT)  # noqa: SLF001
+            try:
+                os.ftruncate(fd, wanted)
+            finally:
+                os.close(fd)
+            self._room = wanted
+
+    def finish(self, *, readers: int | None = None) -> None:
+        """Make the core (when record.core.state says that there is one) and the record visible. Raises OSError.
+
+        readers: a uid who may read both, besides root.
+        """
+        record = self.record
+        if record.core.state == "none":
+            self._close_core()
+            self.store._unlink(f".{record.id}.core")  # noqa: SLF001
+            record.core.path = None
+        else:
+            publish_mode(self.core, readers)
+            os.fsync(self.core)
+            record.core.stored_bytes = os.fstat(self.core).st_blocks * 512
+            suffix = CORE_SUFFIXES[record.core.compression or "none"]
+            record.core.path = os.path.join(self.store.path, record.id + suffix)
+            self._close_core()
+        with self.store.locked():
+            self.store._write(f".{record.id}.final", record.dumps(), readers=readers)  # noqa: SLF001
+            self.store._roll(record.id)  # noqa: SLF001
+        self._close_lock()
+
+    def _close_core(self) -> None:
+        if self.core >= 0:
+            os.close(self.core)
+            self.core = -1
+
+    def _close_lock(self) -> None:
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def close(self) -> None:
+        """Let go, as a worker that is killed does: `Store.recover` does the rest."""
+        self._close_core()
+        self._close_lock()
+
+
+def write_all(fd: int, data: bytes | memoryview) -> None:
+    """Write everything: one write(2) moves at most 0x7ffff000 bytes, and less when it likes (H19)."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(fd, rest) :]
+
+
+ACL = "system.posix_acl_access"
+_ACL_VERSION = struct.pack("<I", 2)
+_ACL_ENTRY = struct.Struct("<HHI")
+# <linux/posix_acl.h>, <linux/posix_acl_xattr.h>
+_USER_OBJ, _USER, _GROUP_OBJ, _MASK, _OTHER = 0x01, 0x02, 0x04, 0x10, 0x20
+_NO_ID = 0xFFFFFFFF
+
+
+def publish_mode(fd: int, reader: int | None) -> None:
+    """Set mode 0640, and let one more user read.
+
+    An access control list and not an owner or a group: the file stays root's, and counts for nobody's group. Where the
+    file system knows no ACL only root reads it.
+    """
+    os.fchmod(fd, 0o640)
+    if reader is None or reader == 0:
+        return
+    entries = (
+        (_USER_OBJ, 6, _NO_ID),
+        (_USER, 4, reader),
+        (_GROUP_OBJ, 4, _NO_ID),
+        (_MASK, 4, _NO_ID),
+        (_OTHER, 0, _NO_ID),
+    )
+    try:
+        os.setxattr(fd, ACL, _ACL_VERSION + b"".join(_ACL_ENTRY.pack(*entry) for entry in entries))
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM):
+            raise

@@ -1,0 +1,289 @@
+"""One crash, on one connection: the offer, the decision, the core, the record."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from receiver import protocol
+from receiver.capture import Reader, Stalled, TooLarge, sink_for
+from receiver.log import log
+from receiver.process import Process, user_may_read
+from receiver.protocol import Channel, Credentials, Message, PeerGone, ProtocolError, printable
+from receiver.record import UNLIMITED, Core, Record
+from receiver.store import NoRoom, Store, StoreError, no_limit
+
+if TYPE_CHECKING:
+    from receiver.config import Config
+    from receiver.store import Entry
+
+# <linux/proc_ns.h>: PROC_PID_INIT_INO, the initial pid namespace.
+INITIAL_PID_NAMESPACE = 0xEFFFFFFC
+OVERFLOW_ID = 65534
+
+
+class Unwanted(Exception):
+    """The offer is refused. The text is the reason, for the forwarder's records."""
+
+
+@dataclass(slots=True)
+class Offered:
+    """An offer that was looked at: its record so far, and what else it says."""
+
+    record: Record
+    core_limit: int
+    may_read: bool
+    gone: bool
+
+
+def open_store(config: Config) -> Store:
+    """Open the configured store. Raises StoreError."""
+    return Store(
+        config.store,
+        limit=config.store_max.bytes_of if config.store_max else no_limit,
+        keep_free=config.keep_free.bytes_of if config.keep_free else no_limit,
+    )
+
+
+def serve(channel: Channel, config: Config) -> Record | None:
+    """Serve one connection to its end; returns the record, None when there was no crash to keep.
+
+    The channel stays the caller's. Never raises for what a peer or a full disk does.
+    """
+    begun = time.monotonic()
+    deadline = begun + config.offer_seconds
+    try:
+        check_sender(channel)
+        channel.ask_for_credentials()
+        offer = channel.receive(deadline)
+        offer.close()
+        offered = look_at(offer, config)
+        store = open_store(config)
+    except PeerGone:
+        # A forwarder that looked who listens and went elsewhere, or somebody's probe.
+        return None
+    except (Unwanted, ProtocolError, StoreError) as error:
+        log(f"an offer was refused: {error}", error=True)
+        refuse(channel, str(error), deadline)
+        return None
+    except (OSError, TimeoutError) as error:
+        log(f"a connection ended without an offer: {error}", error=True)
+        return None
+    try:
+        return _keep(channel, config, store, offered, begun)
+    finally:
+        store.close()
+
+
+def check_sender(channel: Channel) -> None:
+    """Make sure that who connected is the host. Raises Unwanted.
+
+    Seen from a container's pid namespace the host's processes have pid 0, which nobody inside can have. uid 0 says
+    nothing: the container's root has it, and the host's shows as 65534 in a user namespace.
+    """
+    peer = channel.peer()
+    if peer.pid == 0:
+        return
+    if os.stat("/proc/self/ns/pid").st_ino != INITIAL_PID_NAMESPACE:
+        raise Unwanted("it comes from a process of this container; cores come from the host")
+    if peer.uid not in (0, OVERFLOW_ID):
+        raise Unwanted("it comes from a process that is not root")
+
+
+def refuse(channel: Channel, reason: str, deadline: float) -> None:
+    try:
+        channel.send(protocol.REFUSE, {"reason": reason.encode("ascii", "backslashreplace")[:200]}, deadline)
+    except (OSError, ProtocolError):
+        # The forwarder is gone, and knows already that we did not take it.
+        pass
+
+
+def look_at(offer: Message, config: Config) -> Offered:
+    """Make a record of an offer and of what /proc tells. Raises ProtocolError, Unwanted."""
+    if offer.kind != protocol.OFFER:
+        raise ProtocolError("the first message is not an offer")
+    process, thread = offer.head_credentials, offer.body_credentials
+    if process is None or thread is None:
+        raise ProtocolError("the offer has no credentials")
+    record = Record.of_numbers(
+        pid=process.pid,
+        tid=thread.pid,
+        uid=process.uid,
+        gid=process.gid,
+        signal=offer.number("signal"),
+        time=offer.number("time", 0),
+        comm=offer.fields.get("comm", b"")[:64],
+        core_limit=offer.number("core_limit", UNLIMITED),
+        dumpable=offer.number("dumpable", 2),
+    )
+    record.own_pid = offer.number("own_pid", 0) or None
+    record.own_tid = offer.number("own_tid", 0) or None
+    record.tried = [printable(line) for line in offer.fields.get("tried", b"").splitlines()[:16]]
+    record.host_name = os.uname().nodename
+    offered = Offered(record, offer.number("core_limit", UNLIMITED), may_read=False, gone=False)
+    if process.pid:
+        _look_at_process(offered, process, config)
+    return offered
+
+
+def _look_at_process(offered: Offered, credentials: Credentials, config: Config) -> None:
+    try:
+        process = Process(credentials.pid)
+    except OSError:
+        # No /proc here, or hidden from us: the offer's own facts have to do.
+        return
+    try:
+        if process.is_dumping() is False:
+            raise Unwanted("the process it names is not dumping core")
+        process.describe(offered.record, re.compile(config.secret_pattern, re.IGNORECASE))
+        offered.may_read = user_may_read(offered.record, secure=process.is_secure())
+    finally:
+        process.close()
+
+
+def _keep(channel: Channel, config: Config, store: Store, offered: Offered, begun: float) -> Record | None:
+    record = offered.record
+    deadline = begun + config.offer_seconds
+    try:
+        entry = store.begin(record)
+    except (OSError, StoreError) as error:
+        log(f"an offer was refused: {error}", error=True)
+        refuse(channel, f"its store cannot be written: {error}", deadline)
+        return None
+    try:
+        if offered.core_limit == 0:
+            record.core = Core(reason="the soft core limit (ulimit -c) of the process is 0")
+            _accept(channel, protocol.WANT_RECORD, deadline)
+        else:
+            _accept(channel, protocol.WANT_CORE, deadline)
+            _receive(channel, config, entry, offered, deadline)
+        record.seconds = round(time.monotonic() - begun, 6)
+        _tell(channel, record, config)
+        entry.finish(readers=record.uid if offered.may_read else None)
+    except Exception as error:
+        # Whatever it was: no core, and a record that says why.
+        _finish_without_core(entry, f"the core could not be kept: {str(error) or type(error).__name__}", offered)
+    finally:
+        entry.close()
+    _log_end(record)
+    return record
+
+
+def _finish_without_core(entry: Entry, reason: str, offered: Offered) -> None:
+    entry.record.core = Core(reason=reason, size_bytes=entry.record.core.size_bytes)
+    try:
+        entry.finish(readers=entry.record.uid if offered.may_read else None)
+    except (OSError, StoreError) as error:
+        # The pending record stands: the next start makes it visible.
+        log(f"crash {entry.record.id}: {reason}; and its record could not be finished: {error}", error=True)
+
+
+def _accept(channel: Channel, want: bytes, deadline: float) -> None:
+    channel.send(protocol.ACCEPT, {"version": b"%d" % protocol.VERSION, "want": want}, deadline)
+
+
+def _receive(channel: Channel, config: Config, entry: Entry, offered: Offered, deadline: float) -> None:
+    """Take the core's descriptor and read it to its end; record.core tells the result. Raises what went wrong."""
+    message = channel.receive(deadline)
+    descriptors = message.take()
+    try:
+        names = message.fields.get("descriptors", b"").split()
+        if message.kind != protocol.CORE or len(names) != len(descriptors) or names[:1] != [b"core"]:
+            raise ProtocolError(
+                f"after the acceptance came kind {message.kind} with {len(descriptors)} descriptors, "
+                f"of which {len(names)} are named"
+            )
+        # Only the core is needed from here on.
+        protocol.close_all(descriptors[1:])
+        del descriptors[1:]
+        _capture(descriptors[0], config, entry, offered)
+    finally:
+        # The crashed process waits for this.
+        protocol.close_all(descriptors)
+
+
+def _capture(fd: int, config: Config, entry: Entry, offered: Offered) -> None:
+    record = entry.record
+    limit = config.core_max
+    setting = "core_max"
+    if offered.core_limit != UNLIMITED and (limit is None or offered.core_limit < limit):
+        limit, setting = offered.core_limit, "soft core limit (ulimit -c)"
+    reader = Reader(fd, config.stall_seconds)
+    reason = None
+    try:
+        reader.begin(limit)
+        reader.copy(sink_for(entry, config.compression, config.compression_level), limit)
+    except TooLarge as error:
+        reason = f"the core is too large: {error} ({setting})"
+    except (NoRoom, Stalled) as error:
+        reason = f"the core was not kept: {error}"
+    except OSError as error:
+        reason = f"the core could not be written ({error.strerror})"
+    size = reader.expected if reason and reader.expected else reader.size
+    if reason is not None:
+        record.core = Core(reason=reason, size_bytes=size)
+    elif reader.size == 0:
+        record.core = Core(reason="the kernel ended the dump before its first byte")
+    elif reader.expected is not None and reader.size < reader.expected:
+        record.core = Core(
+            state="reduced",
+            reason=f"the kernel ended the dump after {reader.size} of {reader.expected} bytes",
+            size_bytes=reader.size,
+            compression=config.compression,
+        )
+    else:
+        record.core = Core(state="stored", size_bytes=size, compression=config.compression)
+
+
+def _tell(channel: Channel, record: Record, config: Config) -> None:
+    fields = {
+        "state": record.core.state.encode(),
+        "reason": (record.core.reason or "").encode("ascii", "backslashreplace")[:200],
+        "size": b"%d" % record.core.size_bytes,
+        "id": record.id.encode(),
+    }
+    try:
+        channel.send(protocol.DONE, fields, time.monotonic() + config.offer_seconds)
+    except OSError:
+        # The forwarder did not wait; the core is here all the same.
+        pass
+
+
+def _log_end(record: Record) -> None:
+    core = record.core
+    what = f"process {record.pid} ({printable(record.comm.encode())}) of uid {record.uid} ended by {record.signal_name}"
+    if core.state == "none":
+        log(f"{what}: no core: {printable((core.reason or '').encode())}", error=True)
+    else:
+        log(f"{what}: core {core.state}, {core.size_bytes} bytes, {core.stored_bytes} on disk: {core.path}")
+
+
+def refuse_all(sock: socket.socket, reason: str, config: Config) -> int:
+    """Refuse the offer of a connection, or of each that waits at a listening socket. Returns EX_CONFIG.
+
+    A receiver that cannot serve still takes the connections, or systemd would start it again and again for the same.
+    """
+    connections = [sock]
+    if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        connections = []
+        sock.setblocking(False)
+        try:
+            while True:
+                connections.append(sock.accept()[0])
+        except OSError:
+            pass
+    for connection in connections:
+        connection.setblocking(True)
+        channel = Channel(connection)
+        deadline = time.monotonic() + config.offer_seconds
+        try:
+            channel.receive(deadline).close()
+            refuse(channel, reason, deadline)
+        except (OSError, ProtocolError):
+            pass
+        channel.close()
+    return 78
