@@ -1,0 +1,132 @@
+"""core-pipe-forwarder: register the forwarder with the kernel, take it back, and look how it is."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from forwarder import __version__, install
+from forwarder.staging import InstallError
+
+# As systemctl(1): 3 for what is not active because it was never started.
+OK, FAILED, NOT_INSTALLED = 0, 1, 3
+
+_EPILOG = """\
+Examples:
+  core-pipe-forwarder install            cores go home from now on, and after every boot
+  core-pipe-forwarder install --runtime  the same, until the next boot
+  core-pipe-forwarder status             who gets the cores, and what is wrong with that
+  core-pipe-forwarder status --json | jq -r '.problems[] | .mend'
+  core-pipe-forwarder uninstall          everything as it was before
+
+Settings, read by `install`:
+  /etc/core_pipe/forwarder.toml          connect_seconds, stall_seconds
+  CORE_PIPE_FORWARDER_STALL_SECONDS=...  the same from the environment, which wins
+  CORE_PIPE_STORE=...                    where records go of crashes that nobody took
+
+Exit status:
+  0  done; status: active, and nothing is wrong
+  1  failed; status: something is wrong
+  2  wrong usage
+  3  status: not installed
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    options = _parser().parse_args(arguments)
+    # Values from the kernel can have any bytes in them.
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        if options.command == "install":
+            return _install(runtime=options.runtime)
+        if options.command == "uninstall":
+            return _uninstall()
+        return _status(json=options.json)
+    except InstallError as error:
+        return _fail(error.fact, error.mend)
+    except OSError as error:
+        return _fail(*_explain(error))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="core-pipe-forwarder",
+        description="Has the kernel hand each crashed process's core to the receiver of the container it was in.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    command = commands.add_parser("install", help="point the kernel's core_pattern at the forwarder")
+    command.add_argument("--runtime", action="store_true", help="until the next boot only")
+    commands.add_parser("uninstall", help="give back what was there before")
+    command = commands.add_parser("status", help="show who gets the cores, and what is wrong")
+    command.add_argument("--json", action="store_true", help="for programs")
+    return parser
+
+
+def _install(*, runtime: bool) -> int:
+    for line in install.install(install.HOST, runtime=runtime):
+        print(line)
+    # What the installation cannot mend by itself is best heard now.
+    for problem in install.status(install.HOST).problems:
+        print(f"warning: {problem.what}\n   mend: {problem.mend}", file=sys.stderr)
+    return OK
+
+
+def _uninstall() -> int:
+    for line in install.uninstall(install.HOST) or ["nothing is installed"]:
+        print(line)
+    return OK
+
+
+def _status(*, json: bool) -> int:
+    found = install.status(install.HOST)
+    if json:
+        print(found.as_json())
+    else:
+        installed = found.installed or "no"
+        if found.version["staged"]:
+            installed += f", version {found.version['staged']}"
+        modes = found.features.get("core_modes")
+        features = ["pidfd"] if found.features.get("pidfd") else []
+        features += [f"core_modes {' '.join(modes)}"] if isinstance(modes, list) else []
+        rows = [
+            ("active", f"yes, by {found.ingress}" if found.active else "no"),
+            ("installed", installed),
+            ("core_pattern", found.core_pattern),
+            ("core_pipe_limit", str(found.core_pipe_limit)),
+            ("suid_dumpable", str(found.suid_dumpable)),
+            ("kernel has", ", ".join(features) or "nothing that could be told without a crash"),
+            ("host's receiver", "there" if found.host_receiver else "not there"),
+        ]
+        for name, value in rows:
+            print(f"{name:>15}: {value}")
+        for problem in found.problems:
+            print(f"{'problem':>15}: {problem.what}\n{'':17}mend: {problem.mend}")
+    if found.installed is None:
+        return NOT_INSTALLED
+    return OK if found.active and not found.problems else FAILED
+
+
+def _explain(error: OSError) -> tuple[str, str]:
+    """Return the fact and what to do, for what the system refused."""
+    fact = f"{error.filename or 'a system call'}: {error.strerror or error}"
+    if isinstance(error, PermissionError) and os.geteuid() != 0:
+        return fact, "run it again with sudo"
+    if error.filename and str(error.filename).startswith("/proc/sys/"):
+        return fact, "mount /proc/sys writable, or run this on the host itself"
+    return fact, "make that path writable; on a host with a read-only /usr, use install --runtime"
+
+
+def _fail(fact: str, mend: str) -> int:
+    print(f"core-pipe-forwarder: {fact}\n  {mend}", file=sys.stderr)
+    return FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

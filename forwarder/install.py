@@ -1,0 +1,680 @@
+"""core_pattern and its two companions: set, remember what was there, give it back, and tell how they are.
+
+Three sysctls of the whole machine (none is namespaced; core(5), proc_sys_fs(5)):
+
+    kernel.core_pattern      starts the staged launcher, see `forwarder/staging.py`
+    kernel.core_pipe_limit   dumps at once; also what makes the kernel wait for the stub
+    fs.suid_dumpable         set-user-ID programs dump too, for root only
+
+Two kinds of installation, which may be there at the same time: persistent, which sysctl.d brings back at boot, and
+runtime, which a reboot forgets. `Paths` has all their places. The values from before are on the disk before the first
+sysctl is changed, so that a killed `install` can be taken back as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import glob
+import hashlib
+import json
+import math
+import os
+import stat
+import tomllib
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import receiver
+from forwarder import __version__, staging
+from forwarder.staging import DamagedError, InstallError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+# <linux/binfmts.h>, CORENAME_MAX_SIZE: with the NUL.
+CORENAME_MAX_SIZE = 128
+
+# <linux/proc_ns.h>, PROC_PID_INIT_INO and PROC_USER_INIT_INO: the initial namespaces have fixed inodes.
+PROC_PID_INIT_INO = 0xEFFFFFFC
+PROC_USER_INIT_INO = 0xEFFFFFFD
+
+PATTERN = "kernel.core_pattern"
+LIMIT = "kernel.core_pipe_limit"
+SUID = "fs.suid_dumpable"
+
+# Why these numbers: systemd/sysctl.d/60-core_pipe.conf.in, which is also what administrators get to read.
+CORE_PIPE_LIMIT = "1024"
+SUID_DUMPABLE = "2"
+
+# In the order of setting; taking back goes the other way.
+# The limit is first: from the first crash on, the kernel waits for the stub. suid_dumpable is last: while core_pattern
+# is still a file, the kernel calls 2 unsafe and logs so ("Set kernel.core_pattern before fs.suid_dumpable", since 3.7,
+# 54b501992dd2), and with an absolute file pattern set-uid programs would begin to dump to wherever that points.
+SYSCTLS = (LIMIT, PATTERN, SUID)
+
+# What the kernel has at boot: the way back when nobody remembers another.
+KERNEL_DEFAULTS = {PATTERN: "core", LIMIT: "0", SUID: "0"}
+
+# core(5). Names, so that order and number may change between versions of the stub; v is the version of this line.
+# F=%F: a pidfd as fd 3, from 6.16 and some stable kernels on (b5325b2a270f); a specifier that the kernel does not know
+# expands to nothing, and the stub gets an empty F. What the crashing program chooses (%e, %f, %E, %h) is not here.
+ARGUMENTS = "v=1 P=%P I=%I p=%p i=%i s=%s t=%t c=%c d=%d u=%u g=%g F=%F"
+
+# -I: neither environment nor current directory name code. -B: compiled files are never written. -S: no site-packages.
+FLAGS = "-IBS"
+
+# Where records of crashes go that no receiver took.
+STORE = "/var/lib/core_pipe"
+
+# Name: default, least, most (all seconds), what it is.
+_NUMBERS = {
+    "connect_seconds": (5.0, 0.1, 60.0, "to get a connection and an answer to the offer from one receiver"),
+    "stall_seconds": (60.0, 1.0, 86400.0, "without progress of the core before the crashing process is killed"),
+}
+_ENVIRONMENT = "CORE_PIPE_FORWARDER_"
+
+# Stubs that run at uninstall get this long to end, in seconds.
+STUB_SECONDS = 10.0
+
+# sysctl.d(5): a file in an earlier directory replaces those of the same name in the later ones.
+_SYSCTL_DIRECTORIES = (
+    "/etc/sysctl.d",
+    "/run/sysctl.d",
+    "/usr/local/lib/sysctl.d",
+    "/usr/lib/sysctl.d",
+    "/lib/sysctl.d",
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one kind of installation keeps things. `sysctl_file` is None where a reboot is to forget it."""
+
+    kind: str
+    code: str
+    state: str
+    sysctl_file: str | None
+
+    @property
+    def launcher(self) -> str:
+        """The file that core_pattern starts."""
+        return os.path.join(self.code, staging.LAUNCHER)
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Every path that is read or written, apart from /proc.
+
+    prefix: put in front of each of them; tests have their own. packages: what is staged, name to directory.
+    """
+
+    prefix: str = ""
+    packages: Mapping[str, str] = field(default_factory=staging.packages_in_use)
+
+    def at(self, path: str) -> str:
+        """Return an absolute path below the prefix."""
+        return self.prefix + path
+
+    @property
+    def persistent(self) -> Place:
+        """Until `uninstall`."""
+        return Place(
+            kind="persistent",
+            code=self.at("/usr/local/lib/core_pipe"),
+            state=self.at("/var/lib/core_pipe_forwarder/previous.json"),
+            sysctl_file=self.at("/etc/sysctl.d/60-core_pipe.conf"),
+        )
+
+    @property
+    def runtime(self) -> Place:
+        """Until `uninstall` or the next boot."""
+        return Place(
+            kind="runtime",
+            code=self.at("/run/core_pipe"),
+            state=self.at("/run/core_pipe/previous.json"),
+            sysctl_file=None,
+        )
+
+    @property
+    def places(self) -> tuple[Place, Place]:
+        """Both."""
+        return self.persistent, self.runtime
+
+
+HOST = Paths()
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that is not as it should be, and what mends it."""
+
+    what: str
+    mend: str
+
+
+@dataclass(frozen=True)
+class Status:
+    """What `status` shows; `dataclasses.asdict` of it is the JSON form, whose keys are part of the interface.
+
+    active: the kernel starts our launcher for a crash, and the staged code is whole. ingress: the way in, "pipe"; None
+    when not active. installed: "persistent", "runtime" (the one that core_pattern names, if both are there) or None.
+    version: the staged code's and this package's. features: what this kernel has, as far as it can be told without a
+    crash. host_receiver: whether there is a socket for the host's own crashes.
+    """
+
+    active: bool
+    ingress: str | None
+    core_pattern: str
+    core_pipe_limit: int
+    suid_dumpable: int
+    installed: str | None
+    version: dict[str, str | None]
+    features: dict[str, object]
+    host_receiver: bool
+    problems: list[Problem]
+
+    def as_json(self) -> str:
+        """Return the JSON form."""
+        return json.dumps(asdict(self), indent=2)
+
+
+def stub_settings(paths: Paths = HOST, environment: Mapping[str, str] = os.environ) -> dict[str, object]:
+    """Return what the launcher hands to the stub's `main`.
+
+    store: bytes, the directory for records of crashes that nobody took: CORE_PIPE_STORE in the environment, else
+    `store` in the host's receiver.toml, else STORE. connect_seconds, stall_seconds: float, see _NUMBERS:
+    CORE_PIPE_FORWARDER_<NAME> in the environment, else forwarder.toml, else the default.
+
+    Raises InstallError naming the file or variable, the key, and what is allowed.
+    """
+    receiver_toml = paths.at("/etc/core_pipe/receiver.toml")
+    store: object = _toml(receiver_toml).get("store", STORE)
+    origin = f"{receiver_toml}: store"
+    if "CORE_PIPE_STORE" in environment:
+        store, origin = environment["CORE_PIPE_STORE"], "CORE_PIPE_STORE in the environment"
+    if not isinstance(store, str) or not store.startswith("/") or "\0" in store:
+        raise InstallError(f"{origin} is {store!r}", f'give the absolute path of a directory, as "{STORE}"')
+    settings: dict[str, object] = {"store": os.fsencode(store)}
+
+    forwarder_toml = paths.at("/etc/core_pipe/forwarder.toml")
+    given = {f"{forwarder_toml}: {key}": (key, value) for key, value in _toml(forwarder_toml).items()}
+    for name, text in environment.items():
+        if name.startswith(_ENVIRONMENT):
+            given[f"{name} in the environment"] = (name.removeprefix(_ENVIRONMENT).lower(), _number(text))
+    for key, (default, _, _, _) in _NUMBERS.items():
+        settings[key] = default
+    for origin, (key, value) in given.items():
+        if key not in _NUMBERS:
+            raise InstallError(f"{origin} is not known", f"the settings are {', '.join(_NUMBERS)}")
+        _, least, most, meaning = _NUMBERS[key]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+            raise InstallError(f"{origin} is {value!r}", f"give seconds from {least:g} to {most:g} ({meaning})")
+        settings[key] = float(value)
+    return settings
+
+
+def core_pattern(python: str, launcher: str) -> str:
+    """Return the line for the kernel. Raises InstallError when the kernel could not take it as it is meant."""
+    for path in (python, launcher):
+        if set(path) & set(" %\t\n") or not path.isascii():
+            # The kernel splits at blanks before it expands %, and knows no quoting.
+            raise InstallError(
+                f"core_pattern cannot have {path!r} in it", "use a path without blanks, % and letters outside of ASCII"
+            )
+    # No blank after |: the kernel would look for a program with an empty name.
+    pattern = f"|{python} {FLAGS} {launcher} {ARGUMENTS}"
+    surplus = len(pattern) - (CORENAME_MAX_SIZE - 1)
+    if surplus > 0:
+        raise InstallError(
+            f"core_pattern would have {len(pattern)} bytes, and the kernel takes {CORENAME_MAX_SIZE - 1}: "
+            f"{python} is {surplus} bytes too long",
+            f"give that interpreter a short name (ln -s {python} /usr/local/bin/{staging.PYTHON}), "
+            "or install this package with the system's /usr/bin/python3",
+        )
+    return pattern
+
+
+def refuse_elsewhere() -> None:
+    """Raise InstallError unless this is root in the namespaces where the kernel starts the stub."""
+    _refuse_containers()
+    if os.geteuid() != 0:
+        raise InstallError("only root can change what the kernel does with cores", "run it again with sudo")
+
+
+def install(paths: Paths = HOST, *, runtime: bool = False) -> list[str]:
+    """Stage the code and point the kernel at it; return what was done, a line each.
+
+    Installing over an installation of either kind is an upgrade: what was there before the first one stays remembered.
+    Raises InstallError or OSError; then everything is as it was.
+    """
+    place = paths.runtime if runtime else paths.persistent
+    refuse_elsewhere()
+    settings = stub_settings(paths)
+    python = staging.interpreter()
+    pattern = core_pattern(python, place.launcher)
+    done = []
+    with _locked(paths), contextlib.ExitStack() as undo:
+        undo.callback(
+            staging.stage(
+                place.code,
+                paths.packages,
+                settings,
+                python=python,
+                version=__version__,
+                configuration=_configuration(paths),
+            )
+        )
+        done.append(f"staged version {__version__} of the stub in {place.code}")
+
+        before = _sysctls()
+        remembered, notes = _what_to_remember(paths, before)
+        done += notes
+        _replace(undo, place.state, json.dumps(remembered, indent=1).encode() + b"\n")
+        if place.sysctl_file:
+            _replace(undo, place.sysctl_file, sysctl_file(pattern))
+            done.append(f"wrote {place.sysctl_file}")
+        for name, value in _ours(pattern).items():
+            undo.callback(write_sysctl, name, before[name])
+            write_sysctl(name, value)
+            done.append(f"{name} = {value}" + (f" (was: {before[name]})" if before[name] != value else ""))
+        undo.pop_all()
+        # Only now: an error on the way needs the old version back.
+        if not staging.remove_stale(place.code):
+            done.append("kept the version before: stubs of it are running. The next install removes it")
+    return done
+
+
+def uninstall(paths: Paths = HOST) -> list[str]:
+    """Give back what was there before, for both kinds; return what was done, a line each, empty if there was nothing.
+
+    Another handler's core_pattern is left alone, and so is a limit that somebody else has set since. Raises
+    InstallError or OSError; running it again then goes on where it stopped, since what is remembered goes last.
+    """
+    refuse_elsewhere()
+    done: list[str] = []
+    with _locked(paths):
+        current = _sysctls()
+        active = _place_of(current[PATTERN], paths)
+        present = [place for place in paths.places if _is_present(place)]
+        if not present and not active:
+            return []
+        remembered, notes = _remembered(paths)
+        done += notes
+        if remembered is None:
+            done.append("what was there before is not remembered: going back to what the kernel has at boot")
+            remembered = KERNEL_DEFAULTS
+        for name in reversed(SYSCTLS):
+            is_ours = active is not None if name == PATTERN else current[name] == _ours("")[name]
+            if is_ours and current[name] != remembered[name]:
+                write_sysctl(name, remembered[name])
+            if is_ours or current[name] == remembered[name]:
+                done.append(f"{name} = {remembered[name]}")
+            else:
+                done.append(f"left {name} alone, somebody set it after us: {current[name]}")
+        for place in present:
+            if place.sysctl_file and os.path.lexists(place.sysctl_file):
+                staging.replace_or_remove(place.sysctl_file, None)
+                done.append(f"removed {place.sysctl_file}")
+            if os.path.isdir(place.code):
+                # No new stub starts any more. One that is still at it after the deadline (the receiver may take minutes
+                # for a big core) has long imported what its main road needs; an import that fails on a side road is
+                # an exception like any other to it.
+                if not staging.wait_for_stubs(place.code, STUB_SECONDS):
+                    done.append("a stub is still running; it can end without its code")
+                staging.remove_all(place.code)
+                done.append(f"removed the stub's code from {place.code}")
+        for place in present:
+            staging.replace_or_remove(place.state, None)
+            staging.remove_empty(os.path.dirname(place.state))
+    return done
+
+
+def status(paths: Paths = HOST) -> Status:
+    """Look at everything that a crash depends on, and change nothing. Root is not needed.
+
+    Raises InstallError in a container, where the answer would be about another machine's files.
+    """
+    _refuse_containers()
+    current = _sysctls()
+    active = _place_of(current[PATTERN], paths)
+    present = [place for place in paths.places if _is_present(place)]
+    place = active or (present[0] if present else None)
+    problems: list[Problem] = []
+    staged = None
+    if place:
+        again = f"core-pipe-forwarder install{' --runtime' if place.kind == 'runtime' else ''}"
+        try:
+            staged = staging.read_staged(place.code)
+        except DamagedError as error:
+            problems.append(Problem(f"the staged code is damaged: {error}", again))
+        problems += _sysctl_problems(current, active, again)
+        pattern = current[PATTERN] if active else None
+        if staged:
+            problems += _staged_problems(staged, place, pattern, paths, again)
+        if place.sysctl_file:
+            problems += _boot_problems(place.sysctl_file, pattern, paths, again)
+    host_receiver = _is_socket(paths.at("/run/core_pipe.socket"))
+    if place and not host_receiver:
+        problems.append(
+            Problem(
+                f"{paths.at('/run/core_pipe.socket')} is not there: crashes of the host's own processes get a record, "
+                "and no core",
+                "core-pipe-receiver install --host; systemctl daemon-reload; systemctl start core_pipe-host.socket",
+            )
+        )
+    is_active = active is not None and staged is not None
+    return Status(
+        active=is_active,
+        ingress="pipe" if is_active else None,
+        core_pattern=current[PATTERN],
+        core_pipe_limit=int(current[LIMIT]),
+        suid_dumpable=int(current[SUID]),
+        installed=place.kind if place else None,
+        version={"staged": staged.version if staged else None, "current": __version__},
+        features=_features(),
+        host_receiver=host_receiver,
+        problems=problems,
+    )
+
+
+def sysctl_file(pattern: str) -> bytes:
+    """Return the contents of the file in sysctl.d, from the template beside the packages. Raises InstallError."""
+    home = os.path.dirname(receiver.__path__[0])
+    # A source tree has it beside the packages, a wheel inside of `receiver` (pyproject.toml, force-include).
+    for directory in (os.path.join(receiver.__path__[0], "units"), os.path.join(home, "systemd")):
+        try:
+            with open(os.path.join(directory, "sysctl.d/60-core_pipe.conf.in"), encoding="ascii") as file:
+                text = file.read()
+        except FileNotFoundError:
+            continue
+        for name, value in _ours(pattern).items():
+            text = text.replace(f"@{name.partition('.')[2].upper()}@", value)
+        return text.encode()
+    raise InstallError(f"sysctl.d/60-core_pipe.conf.in is not in {home}", "install this package anew")
+
+
+def read_sysctl(name: str) -> str:
+    """Return a sysctl's value. Bytes that are no UTF-8 survive as surrogates, as in os.fsdecode."""
+    with open(_proc(name), "rb") as file:
+        return os.fsdecode(file.read().removesuffix(b"\n"))
+
+
+def write_sysctl(name: str, value: str) -> None:
+    """Set a sysctl and read it back: the kernel silently cuts what is too long. Raises InstallError or OSError."""
+    fd = os.open(_proc(name), os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        # With the newline, as an empty write changes nothing; in one write, as each one stands for itself.
+        os.write(fd, os.fsencode(value) + b"\n")
+    finally:
+        os.close(fd)
+    if (found := read_sysctl(name)) != value:
+        raise InstallError(
+            f"the kernel made {found!r} of {name} = {value!r}", "look whether somebody else is setting it"
+        )
+
+
+def _proc(name: str) -> str:
+    return "/proc/sys/" + name.replace(".", "/")
+
+
+def _sysctls() -> dict[str, str]:
+    return {name: read_sysctl(name) for name in SYSCTLS}
+
+
+def _ours(pattern: str) -> dict[str, str]:
+    """Return our values in the order of setting."""
+    values = {PATTERN: pattern, LIMIT: CORE_PIPE_LIMIT, SUID: SUID_DUMPABLE}
+    return {name: values[name] for name in SYSCTLS}
+
+
+def _refuse_containers() -> None:
+    mend = "run it on the host; inside a container install the receiver: core-pipe-receiver install"
+    for kind, initial in (("pid", PROC_PID_INIT_INO), ("user", PROC_USER_INIT_INO)):
+        if os.stat(f"/proc/self/ns/{kind}").st_ino != initial:
+            raise InstallError(
+                f"this is a container ({kind} namespace of its own), and core_pattern belongs to the host", mend
+            )
+    try:
+        inits = os.stat("/proc/1/ns/mnt")
+    except OSError:
+        # Without CAP_SYS_PTRACE over init it cannot be told; the other two have spoken.
+        return
+    if not os.path.samestat(inits, os.stat("/proc/self/ns/mnt")):
+        raise InstallError(
+            "this is a container or a sandbox (mount namespace of its own), and the kernel starts the stub "
+            "outside of it, where files may be others",
+            mend,
+        )
+
+
+@contextlib.contextmanager
+def _locked(paths: Paths) -> Iterator[None]:
+    """One `install` or `uninstall` at a time. The file stays: who removes a lock file lets two have the lock."""
+    path = paths.at("/run/core_pipe_forwarder.lock")
+    staging.make_directories(os.path.dirname(path))
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _replace(undo: contextlib.ExitStack, path: str, contents: bytes) -> None:
+    for made in staging.make_directories(os.path.dirname(path)):
+        undo.callback(staging.remove_empty, made)
+    before = staging.read_trusted(path)
+    staging.write_atomically(path, contents)
+    undo.callback(staging.replace_or_remove, path, before)
+
+
+def _toml(path: str) -> dict[str, Any]:
+    contents = staging.read_trusted(path)
+    if contents is None:
+        return {}
+    if reason := staging.insecure(os.path.dirname(path)):
+        raise InstallError(
+            f"{path} could be replaced by others than root: {reason}", "give it to root, writable by root only"
+        )
+    try:
+        return tomllib.loads(contents.decode())
+    except ValueError as error:
+        raise InstallError(f"{path} is not TOML ({error})", "correct it") from error
+
+
+def _configuration(paths: Paths) -> str:
+    """Return what changes with the files. Without the environment: `status` has not the one that `install` had."""
+    return hashlib.sha256(repr(stub_settings(paths, {})).encode()).hexdigest()
+
+
+def _number(text: str) -> float | str:
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    # No range contains "nan"; it is told as what was written.
+    return text if math.isnan(number) else number
+
+
+def _place_of(pattern: str, paths: Paths) -> Place | None:
+    """Return which installation a core_pattern starts, of whatever version, None for another handler's."""
+    if not pattern.startswith("|"):
+        return None
+    words = pattern[1:].split(" ")
+    return next((place for place in paths.places if place.launcher in words[1:]), None)
+
+
+def _is_present(place: Place) -> bool:
+    return any(path and os.path.lexists(path) for path in (place.launcher, place.state, place.sysctl_file))
+
+
+def _remembered(paths: Paths) -> tuple[dict[str, str] | None, list[str]]:
+    """Return the values from before the first installation, None if nobody knows; and what is to be said about it."""
+    notes = []
+    # Both say the same, unless another handler came between them: then the one that was written last is right.
+    for place in sorted(paths.places, key=_written, reverse=True):
+        try:
+            contents = staging.read_trusted(place.state)
+            if contents is None:
+                continue
+            values = json.loads(contents)
+        except (InstallError, ValueError) as error:
+            notes.append(f"{place.state} is not used: {error}")
+            continue
+        if isinstance(values, dict) and all(isinstance(values.get(name), str) for name in SYSCTLS):
+            return {name: values[name] for name in SYSCTLS}, notes
+        notes.append(f"{place.state} is not used: it is not what this program wrote")
+    return None, notes
+
+
+def _written(place: Place) -> int:
+    try:
+        return os.stat(place.state).st_mtime_ns
+    except OSError:
+        return 0
+
+
+def _what_to_remember(paths: Paths, current: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+    """Return the values that `uninstall` is to give back, if we install over `current`.
+
+    Ours are never remembered as somebody else's: where our own value is in force, what was remembered before stays.
+    """
+    remembered, notes = _remembered(paths)
+    active = _place_of(current[PATTERN], paths)
+    if remembered is None and active is None:
+        return dict(current), notes
+    if remembered is None:
+        notes.append("what was there before is not remembered: uninstall will go back to what the kernel has at boot")
+        remembered = KERNEL_DEFAULTS
+    ours = _ours(current[PATTERN] if active else "")
+    return {name: remembered[name] if current[name] == ours[name] else current[name] for name in SYSCTLS}, notes
+
+
+def _sysctl_problems(current: Mapping[str, str], active: Place | None, again: str) -> Iterator[Problem]:
+    if active is None:
+        name, mend = _handler(current[PATTERN])
+        yield Problem(f"{name} is in our place: {PATTERN} is {current[PATTERN]}", mend.format(again=again))
+    for name, value, why in (
+        (
+            LIMIT,
+            CORE_PIPE_LIMIT,
+            "0 lets processes vanish while they are looked at, and a low limit loses crashes unseen",
+        ),
+        (SUID, SUID_DUMPABLE, "0 dumps no set-user-ID programs, and 1 gives their secrets to whoever started them"),
+    ):
+        if current[name] != value:
+            yield Problem(f"{name} is {current[name]}, not {value}: {why}", again)
+
+
+def _handler(pattern: str) -> tuple[str, str]:
+    """Return a name for another handler, and how we get our place back."""
+    if "systemd-coredump" in pattern:
+        return "systemd-coredump", "{again} (its own sysctl.d file sorts before ours, so boot is on our side)"
+    if "apport" in pattern:
+        # Its service writes core_pattern when it starts, after sysctl.d.
+        return "apport", "systemctl disable --now apport.service, then {again}"
+    if pattern.startswith("|"):
+        return os.path.basename(pattern[1:].partition(" ")[0]), "stop it from setting core_pattern, then {again}"
+    return ("a socket handler" if pattern.startswith("@") else "a file pattern"), "{again}"
+
+
+def _staged_problems(
+    staged: staging.Staged, place: Place, pattern: str | None, paths: Paths, again: str
+) -> Iterator[Problem]:
+    """Yield what is wrong with code that is whole. `pattern` is the kernel's, None when it is another handler's."""
+    package = {name: hashlib.sha256(source).hexdigest() for name, source in staging.sources(paths.packages).items()}
+    if package != {name: digest for name, digest in staged.hashes.items() if name.endswith(".py")}:
+        yield Problem(
+            f"the staged code (version {staged.version}) is not this package's (version {__version__})", again
+        )
+    try:
+        if _configuration(paths) != staged.configuration:
+            yield Problem("the configuration was changed since it was installed", again)
+    except InstallError as error:
+        yield Problem(error.fact, f"{error.mend}; then {again}")
+    if not os.access(staged.python, os.X_OK):
+        yield Problem(f"the stub's interpreter {staged.python} cannot be started", f"install that Python; then {again}")
+    elif os.path.realpath(staged.python) != staged.python_file:
+        yield Problem(
+            f"{staged.python} is another Python now: without compiled code for it, the stub starts more slowly", again
+        )
+    if pattern and pattern != f"|{staged.python} {FLAGS} {place.launcher} {ARGUMENTS}":
+        yield Problem(f"{PATTERN} starts our launcher in another way than this version does", again)
+    for path in (staged.python, place.launcher, staged.library):
+        if reason := staging.insecure(path):
+            yield Problem(
+                f"root runs {path} at every crash, and {reason}",
+                "give what is named to root, writable by root only"
+                + (", or install this package with the system's Python" if path == staged.python else ""),
+            )
+
+
+def _boot_problems(file: str, pattern: str | None, paths: Paths, again: str) -> Iterator[Problem]:
+    """Yield what keeps the next boot from setting our values. `pattern` is the kernel's, if it is ours."""
+    ours = _sysctl_assignments(file)
+    if ours is None:
+        yield Problem(f"{file} is not there: the installation ends at the next boot", again)
+        return
+    expected = _ours(pattern or ours.get(PATTERN, ""))
+    if any(ours.get(name) != value for name, value in expected.items()):
+        yield Problem(f"{file} does not say what is installed", again)
+    for later in _later_files(file, paths):
+        for name, value in (_sysctl_assignments(later) or {}).items():
+            if expected.get(name, value) != value:
+                yield Problem(
+                    f"{later} comes after {os.path.basename(file)} and sets {name} = {value}",
+                    f"remove that line from {later}",
+                )
+
+
+def _later_files(file: str, paths: Paths) -> list[str]:
+    """Return the files that have a say after ours, in the order in which they are read."""
+    found: dict[str, str] = {}
+    for directory in _SYSCTL_DIRECTORIES:
+        for path in glob.glob(glob.escape(paths.at(directory)) + "/*.conf"):
+            found.setdefault(os.path.basename(path), path)
+    later = [found[name] for name in sorted(found) if name > os.path.basename(file)]
+    # sysctl(8) --system reads it last. systemd-sysctl does not, and Debian links it from sysctl.d: name it once.
+    last = paths.at("/etc/sysctl.conf")
+    if os.path.realpath(last) not in map(os.path.realpath, later):
+        later.append(last)
+    return later
+
+
+def _sysctl_assignments(path: str) -> dict[str, str] | None:
+    """Return what a file in sysctl.d sets, names with dots; None when it cannot be read.
+
+    Globs are left out: a name that is written out, as ours, wins over them wherever they stand (sysctl.d(5)).
+    """
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            lines = file.read().splitlines()
+    except OSError:
+        return None
+    found = {}
+    for line in lines:
+        name, equals, value = line.strip().partition("=")
+        if equals and not name.startswith(("#", ";")):
+            # "-": errors are ignored. The first separator says which of the two kinds the name has.
+            name = name.strip().removeprefix("-")
+            found[name.replace("/", ".")] = value.strip()
+    return found
+
+
+def _features() -> dict[str, object]:
+    features: dict[str, object] = {}
+    # Since 6.17. What it lists is what core_pattern may be.
+    with contextlib.suppress(OSError), open("/proc/sys/kernel/core_modes", encoding="ascii") as file:
+        features["core_modes"] = file.read().split()
+        # It came after %F. Without the file nothing is known: %F went into stable kernels too, so the version says
+        # nothing, and core_pattern takes any letter. Then the first crash tells, by its argument F.
+        features["pidfd"] = True
+    return features
+
+
+def _is_socket(path: str) -> bool:
+    try:
+        return stat.S_ISSOCK(os.lstat(path).st_mode)
+    except OSError:
+        return False
