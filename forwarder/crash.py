@@ -8,10 +8,13 @@ from __future__ import annotations
 import os
 
 from forwarder import namespaces
+from receiver.auxv import is_secure
 
 # The names stand in core_pattern (`forwarder/install.py`), each with the kernel's specifier of the same letter.
 ARGUMENTS = frozenset(("v", "P", "I", "p", "i", "s", "t", "c", "d", "u", "g", "F"))
 UNLIMITED = (1 << 64) - 1
+# Bytes of the environment in an offer, which has at most 64 KiB in all (receiver/protocol.py).
+MAX_ENVIRONMENT = 32768
 
 
 class Unidentified(Exception):
@@ -126,6 +129,26 @@ class Crash:
     def read(self, name: str, limit: int) -> bytes:
         """Return at most `limit` bytes of a file of the thread's proc directory. Raises OSError."""
         return namespaces.read_at(self.task, name, limit)
+
+    def facts(self) -> dict[str, bytes]:
+        """Return what a receiver may not be able to see by itself, as far as it can be read.
+
+        In a container without CAP_SYS_PTRACE (Docker's and Podman's default) not even its root may look into another
+        user's process. exe, cwd: as the container names them (d_path() ends at the root of their own mount namespace).
+        environ: NUL-separated, cut. secure: "1" when it was started with more rights than its user has (AT_SECURE).
+        """
+        found: dict[str, bytes] = {}
+        for name in ("exe", "cwd"):
+            try:
+                found[name] = os.readlink(name.encode(), dir_fd=self.task)[:4096]
+            except OSError:
+                pass
+        try:
+            found["environ"] = self.read("environ", MAX_ENVIRONMENT)
+            found["secure"] = b"1" if is_secure(self.read("auxv", 4096)) else b"0"
+        except OSError:
+            pass
+        return found
 
     def _started(self) -> int:
         """Return when the thread started, seconds since the epoch."""

@@ -61,6 +61,7 @@ class Handoff:
         self.stall_seconds = stall_seconds
         # Who was asked and did not take it, and why: one line each.
         self.tried: list[str] = []
+        self._facts: dict[str, bytes] | None = None
 
     def close(self) -> None:
         """Let go of the core. When it was not passed, the kernel's next write fails and the dump ends."""
@@ -98,6 +99,8 @@ class Handoff:
         """Return whether the receiver wants the core. Raises Refused, and ConnectionError when it hangs up."""
         crash = self.crash
         # The last look before a stranger learns anything: the facts are of the process that crashed.
+        if self._facts is None:
+            self._facts = crash.facts()
         crash.verify()
         fields = {
             "version": b"%d" % VERSION,
@@ -108,6 +111,7 @@ class Handoff:
             "own_pid": b"%d" % crash.own_pid,
             "own_tid": b"%d" % crash.own_tid,
             "comm": crash.comm,
+            **self._facts,
         }
         if self.tried:
             fields["tried"] = "\n".join(self.tried).encode("ascii", "backslashreplace")[:4096]
@@ -133,7 +137,7 @@ class Handoff:
         return want == WANT_CORE
 
     def _pass(self, channel: Channel, deadline: float) -> None:
-        """Pass the core and close it here. From its first byte on there is no way back: two would read one core (H23)."""
+        """Pass the core and close it here. From its first byte on nobody else is asked: two would read it (H23)."""
         self.crash.verify()
         names = [b"core"]
         descriptors = [self.core]

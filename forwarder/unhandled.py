@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from forwarder.report import report
@@ -31,9 +32,10 @@ def record(
         return
     try:
         from receiver.record import Core, Record  # noqa: PLC0415 - the line above must be out whatever happens here
-        from receiver.store import Store  # noqa: PLC0415
+        from receiver.store import DEFAULT, Store  # noqa: PLC0415
 
-        store = Store(str(settings.get("store", "/var/lib/core_pipe")))
+        path = settings.get("store")
+        store = Store(os.fsdecode(path) if isinstance(path, bytes | str) else DEFAULT)
         found = Record.of_numbers(
             pid=crash.pid,
             tid=crash.tid,

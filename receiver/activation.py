@@ -35,6 +35,14 @@ def passed() -> list[socket.socket]:
     return [socket.socket(fileno=fd) for fd in descriptors]
 
 
+def tell_systemd(state: str) -> None:
+    """Say `READY=1` and the like (sd_notify(3)); nothing where nobody listens."""
+    if "NOTIFY_SOCKET" in os.environ:
+        from systemd import daemon  # noqa: PLC0415 - as above
+
+        daemon.notify(state)
+
+
 def is_listening(sock: socket.socket) -> bool:
     """Whether connections come through it (Accept=no), or it is one (Accept=yes)."""
     return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))

@@ -7,6 +7,8 @@ import resource
 import sys
 from typing import TYPE_CHECKING
 
+import prctl
+
 if TYPE_CHECKING:
     import argparse
 
@@ -34,11 +36,12 @@ def protect() -> None:
     Not dumpable: the kernel does not even begin (coredump.c). A core limit of 1 stops it at a pipe (core(5)), should
     something make us dumpable again. And no other process of our user may look into cores as they pass.
     """
-    # The hard limit stays as it is where we may not lower it; the soft one is what counts.
-    resource.setrlimit(resource.RLIMIT_CORE, (1, resource.getrlimit(resource.RLIMIT_CORE)[1]))
-    import prctl  # noqa: PLC0415 - after the line that needs nothing
-
     prctl.set_dumpable(0)
+    try:
+        resource.setrlimit(resource.RLIMIT_CORE, (1, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    except (OSError, ValueError):
+        # A hard limit of 0, or a sandbox that keeps limits as they are (and sets LimitCORE=1 itself).
+        pass
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -9,6 +9,7 @@ import os
 import re
 from typing import TYPE_CHECKING
 
+from receiver.auxv import is_secure
 from receiver.record import text
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 MAX_ARGUMENTS = 32768
 MAX_ENVIRONMENT = 65536
 MASK = "(masked)"
-AT_SECURE = 23
 
 
 class Process:
@@ -101,19 +101,10 @@ class Process:
                 elif name == b"Groups":
                     record.groups = numbers
 
-    def is_secure(self) -> bool:
-        """Whether it was started with more rights than its user has (AT_SECURE, getauxval(3)); True when unknown."""
+    def is_secure(self) -> bool | None:
+        """Whether it was started with more rights than its user has; None when that cannot be read."""
         auxv = self.read("auxv", 4096)
-        if not auxv:
-            return True
-        # Pairs of the process's own word size: 64 bits, or 32 for a 32-bit program.
-        for size in (8, 4):
-            words = [int.from_bytes(auxv[at : at + size], "little") for at in range(0, len(auxv), size)]
-            found = dict(zip(words[::2], words[1::2], strict=False))
-            # AT_PAGESZ (6) tells which of the two it is.
-            if found.get(6, 0) in (4096, 16384, 65536):
-                return found.get(AT_SECURE, 1) != 0
-        return True
+        return is_secure(auxv) if auxv else None
 
 
 def user_may_read(record: Record, *, secure: bool) -> bool:

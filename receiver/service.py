@@ -12,6 +12,7 @@ import signal
 import time
 from typing import TYPE_CHECKING
 
+from receiver.activation import tell_systemd
 from receiver.log import log
 from receiver.protocol import Channel
 from receiver.store import StoreError
@@ -48,9 +49,11 @@ class Service:
             signal.signal(number, self._stop)
         signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
         try:
+            tell_systemd("READY=1")
             recover(self.config)
             self._loop()
         finally:
+            tell_systemd("STOPPING=1")
             signal.set_wakeup_fd(previous)
             self.listener.close()
         return 0

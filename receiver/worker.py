@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 from receiver import protocol
 from receiver.capture import Reader, Stalled, TooLarge, sink_for
 from receiver.log import log
-from receiver.process import Process, user_may_read
+from receiver.process import Process, mask, user_may_read
 from receiver.protocol import Channel, Credentials, Message, PeerGone, ProtocolError, printable
-from receiver.record import UNLIMITED, Core, Record
+from receiver.record import UNLIMITED, Core, Record, text
 from receiver.store import NoRoom, Store, StoreError, no_limit
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ class Offered:
     record: Record
     core_limit: int
     may_read: bool
-    gone: bool
 
 
 def open_store(config: Config) -> Store:
@@ -124,25 +123,39 @@ def look_at(offer: Message, config: Config) -> Offered:
     record.own_tid = offer.number("own_tid", 0) or None
     record.tried = [printable(line) for line in offer.fields.get("tried", b"").splitlines()[:16]]
     record.host_name = os.uname().nodename
-    offered = Offered(record, offer.number("core_limit", UNLIMITED), may_read=False, gone=False)
-    if process.pid:
-        _look_at_process(offered, process, config)
+    offered = Offered(record, offer.number("core_limit", UNLIMITED), may_read=False)
+    secret = re.compile(config.secret_pattern, re.IGNORECASE)
+    secure = _look_at_process(record, process, secret) if process.pid else None
+    _fill_in(record, offer, secret)
+    if secure is None:
+        secure = offer.fields.get("secure") != b"0"
+    offered.may_read = user_may_read(record, secure=secure)
     return offered
 
 
-def _look_at_process(offered: Offered, credentials: Credentials, config: Config) -> None:
+def _look_at_process(record: Record, credentials: Credentials, secret: re.Pattern[str]) -> bool | None:
+    """Fill in what /proc tells here. Returns whether the process is secure (AT_SECURE), None when that is hidden."""
     try:
         process = Process(credentials.pid)
     except OSError:
         # No /proc here, or hidden from us: the offer's own facts have to do.
-        return
+        return None
     try:
         if process.is_dumping() is False:
             raise Unwanted("the process it names is not dumping core")
-        process.describe(offered.record, re.compile(config.secret_pattern, re.IGNORECASE))
-        offered.may_read = user_may_read(offered.record, secure=process.is_secure())
+        process.describe(record, secret)
+        return process.is_secure()
     finally:
         process.close()
+
+
+def _fill_in(record: Record, offer: Message, secret: re.Pattern[str]) -> None:
+    """Take from the offer what could not be read here, as in a container without CAP_SYS_PTRACE."""
+    for name in ("exe", "cwd"):
+        if getattr(record, name) is None and name in offer.fields:
+            setattr(record, name, text(offer.fields[name]))
+    if record.environment is None and "environ" in offer.fields:
+        record.environment = mask(offer.fields["environ"], secret)
 
 
 def _keep(channel: Channel, config: Config, store: Store, offered: Offered, begun: float) -> Record | None:
