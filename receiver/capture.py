@@ -11,6 +11,8 @@ from receiver import elfcore
 from receiver.store import write_all
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from receiver.store import Entry
 
 # A pipe holds 64 KiB by default; a larger one halves the switches between the dumping kernel and us. 1 MiB is what a
@@ -19,7 +21,7 @@ PIPE_SIZE = 1 << 20
 F_SETPIPE_SZ = 1031
 BLOCK = 256 << 10
 PAGE = 4096
-_ZERO = bytes(BLOCK)
+_ZERO = bytes(1 << 20)
 
 
 class TooLarge(Exception):
@@ -48,29 +50,34 @@ class PlainSink:
 
     def write(self, block: memoryview) -> None:
         """Raises NoRoom, OSError, StoreError."""
-        size = len(block)
-        if block == _ZERO[:size]:
-            self.position += size
-            return
-        start = 0
-        for at in range(0, size, PAGE):
-            end = min(at + PAGE, size)
-            if block[at:end] == _ZERO[: end - at]:
-                self._write_at(block[start:at])
-                self.position += end - at
-                start = end
-        self._write_at(block[start:])
-
-    def _write_at(self, data: memoryview) -> None:
-        if data:
-            self.used += len(data)
-            self.entry.grow(self.used)
-            os.lseek(self.fd, self.position, os.SEEK_SET)
-            write_all(self.fd, data)
-            self.position += len(data)
+        self.used += write_sparse(self.fd, block, self.position, before=lambda size: self.entry.grow(self.used + size))
+        self.position += len(block)
 
     def finish(self) -> None:
         os.ftruncate(self.fd, self.position)
+
+
+def write_sparse(fd: int, block: memoryview, position: int, before: Callable[[int], None] = lambda _size: None) -> int:
+    """Write a block to a new file without its pages of zeros. Returns how many bytes were written.
+
+    position: where the block begins, a multiple of PAGE for the holes' sake. before: is called with the bytes of this
+    block that will have been written after the next write.
+    """
+    size = len(block)
+    if block == _ZERO[:size]:
+        return 0
+    written = start = 0
+    for at in range(0, size + PAGE, PAGE):
+        is_hole = at >= size or block[at : at + PAGE] == _ZERO[: min(PAGE, size - at)]
+        if is_hole and at > start:
+            data = block[start : min(at, size)]
+            before(written + len(data))
+            os.lseek(fd, position + start, os.SEEK_SET)
+            write_all(fd, data)
+            written += len(data)
+        if is_hole:
+            start = at + PAGE
+    return written
 
 
 class ZstdSink:

@@ -8,6 +8,11 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 LOG_ERR = 3
 LOG_INFO = 6
@@ -21,3 +26,14 @@ def log(text: str, *, error: bool = False) -> None:
         sys.stderr.flush()
     except (OSError, ValueError, AttributeError):
         pass
+
+
+@contextmanager
+def quiet_pipe() -> Iterator[None]:
+    """End without a traceback when the reader of standard output has gone, as in `... | head`."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), sys.stdout.fileno())
+        raise SystemExit(1) from None

@@ -75,7 +75,7 @@ class Store:
             if create and not os.path.isdir(path):
                 os.makedirs(path, exist_ok=True)
                 # Whatever the umask: users read their own cores in here, by each file's own mode.
-                os.chmod(path, 0o755)
+                os.chmod(path, 0o755)  # noqa: S103
             self.directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError as error:
             raise StoreError(
