@@ -1,0 +1,105 @@
+"""The main job, on a real kernel: a process crashes somewhere; its core appears there, and nowhere else."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.support.containers import Container, Host, PlainContainer, PodmanContainer, SystemdContainer
+from tests.support.crash import compile_crasher, crash
+from tests.support.crashers import known_sha256
+from tests.support.receivers import (
+    STORE,
+    Forwarder,
+    dump,
+    forwarder_installed,
+    gdb,
+    host_receiver,
+    prepare_units,
+    resident,
+    wait_for_records,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+MIB = 1 << 20
+FILL = 100 * MIB
+
+
+@pytest.fixture(scope="module")
+def forwarder() -> Iterator[Forwarder]:
+    with forwarder_installed() as found:
+        yield found
+
+
+def check(container: Container, forwarder: Forwarder, store: str, tmp_path: Path) -> None:
+    """Crash with a known 100 MiB; its record and core must be in `store` of the container, whole, and nowhere else."""
+    before = len(forwarder.records()) if store != forwarder.store else 0
+    found = crash(container, "SEGV", "--fill", str(FILL), "random")
+    assert found.core_dumped
+    record = wait_for_records(container, store=store)[-1]
+    assert record["pid"] == found.pid
+    assert record["tid"] == found.pid
+    assert (record["signal"], record["signal_name"], record["comm"]) == (11, "SIGSEGV", "crash")
+    assert record["core"]["state"] == "stored", record["core"]
+    assert record["exe"] == compile_crasher("crash")
+    assert record["command_line"][1:3] == ["SEGV", "--fill"]
+    core = dump(container, str(found.pid), tmp_path / "core", store)
+    assert core.stat().st_size == record["core"]["size_bytes"] > FILL
+    program = compile_crasher("crash")
+    said = gdb(program, core, "bt", f"dump binary memory {tmp_path}/buffer known_buffer known_buffer+known_size")
+    assert "SIGSEGV" in said
+    assert "main (" in said
+    buffer = tmp_path / "buffer"
+    assert buffer.stat().st_size == FILL
+    with buffer.open("rb") as file:
+        assert hashlib.file_digest(file, "sha256").hexdigest() == known_sha256(FILL)
+    buffer.unlink()
+    core.unlink()
+    if store != forwarder.store:
+        assert len(forwarder.records()) == before, "something of a container's crash is on the host"
+
+
+@pytest.mark.system
+@pytest.mark.skipif(SystemdContainer.why_unavailable() is not None, reason=str(SystemdContainer.why_unavailable()))
+@pytest.mark.parametrize("accept", [True, False], ids=["accept-yes", "accept-no"])
+def test_systemd_container(forwarder: Forwarder, tmp_path: Path, accept: bool) -> None:
+    settings = 'idle_seconds = 3\nstore_max = "off"\nkeep_free = "off"\n'
+    with SystemdContainer(prepare=prepare_units(accept=accept, settings=settings)) as container:
+        check(container, forwarder, STORE, tmp_path)
+
+
+@pytest.mark.kernel
+def test_container_without_systemd(forwarder: Forwarder, tmp_path: Path) -> None:
+    with PlainContainer() as container, resident(container):
+        check(container, forwarder, STORE, tmp_path)
+
+
+@pytest.mark.kernel
+@pytest.mark.skipif(
+    PlainContainer.why_no_user_namespace() is not None, reason=str(PlainContainer.why_no_user_namespace())
+)
+def test_user_namespace(forwarder: Forwarder, tmp_path: Path) -> None:
+    with PlainContainer(user_namespace=True) as container, resident(container):
+        check(container, forwarder, STORE, tmp_path)
+
+
+@pytest.mark.system
+@pytest.mark.skipif(PodmanContainer.why_unavailable() is not None, reason=str(PodmanContainer.why_unavailable()))
+def test_podman(forwarder: Forwarder, tmp_path: Path) -> None:
+    with PodmanContainer(prepare=prepare_units(accept=True)) as container:
+        check(container, forwarder, STORE, tmp_path)
+
+
+@pytest.mark.kernel
+def test_host_process(forwarder: Forwarder, tmp_path: Path) -> None:
+    with host_receiver(forwarder), Host() as host:
+        check(host, forwarder, forwarder.store, tmp_path)
+    shutil.rmtree(forwarder.store)
+    assert not os.path.exists(STORE)
