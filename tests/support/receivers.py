@@ -18,7 +18,7 @@ from receiver import images
 from tests.support.containers import Container, Host, Inside
 from tests.support.machine import Machine, exclusive
 from tests.support.mounts import CHECKOUT
-from tests.support.waiting import wait_until
+from tests.support.waiting import read_line, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -172,3 +172,17 @@ def gdb(program: str, core: Path, *commands: str) -> str:
         env={"PATH": os.environ["PATH"], "HOME": "/nonexistent", "LANG": "C.UTF-8"},
     )
     return done.stdout + done.stderr
+
+
+@contextlib.contextmanager
+def fake_receiver(container: Container, mode: str, path: str = SOCKET) -> Iterator[Inside]:
+    """Run a receiver that misbehaves (tests/support/fake_receiver.py) in a container."""
+    script = os.path.join(CHECKOUT, "tests/support/fake_receiver.py")
+    process = container.popen([os.path.join(BIN, "python"), script, mode, path], stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        assert read_line(process.stdout.fileno(), 20, "the fake receiver listens") == b"ready\n"
+        yield process
+    finally:
+        process.end()
+        container.run(["rm", "-f", path])
