@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 SIGKILL = 9
 # How often the watch looks at the kernel's account of the core's progress.
 WATCH_SECONDS = 1.0
+# So much of the core has to move in stall_seconds: a reader who takes a page a minute is no reader, and the slowest disk
+# that is one takes more.
+LEAST_PROGRESS = 1 << 20
 # From "done" to the end of the process: it only has to give its memory back.
 END_SECONDS = 2.0
 # systemd closes a connection above MaxConnections= at once: between two tries others may come to their end.
@@ -167,12 +170,12 @@ class Handoff:
         patience = time.monotonic() + self.stall_seconds
         while not poll.poll(WATCH_SECONDS * 1000):
             now = self.crash.written()
-            if now > written:
+            if now >= written + LEAST_PROGRESS:
                 written = now
                 patience = time.monotonic() + self.stall_seconds
             elif time.monotonic() >= patience:
                 self._end()
-                raise Lost(f"its receiver took nothing of the core for {self.stall_seconds:g} s")
+                raise Lost(f"its receiver took next to nothing of the core for {self.stall_seconds:g} s")
         try:
             answer = channel.receive(time.monotonic() + WATCH_SECONDS)
             answer.close()
