@@ -22,11 +22,14 @@ MASK = "(masked)"
 
 
 class Process:
-    """The proc directory of a process in our own pid namespace. Owns its descriptor."""
+    """The proc directory of a thread in our own pid namespace. Owns its descriptor.
 
-    def __init__(self, pid: int) -> None:
+    The dumping thread's and not the process's: a leader that has exited has no memory, program or environment any more.
+    """
+
+    def __init__(self, pid: int, tid: int) -> None:
         """Open it. Raises OSError when it is not there (no /proc, hidden, gone)."""
-        self.directory = os.open(f"/proc/{pid}", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        self.directory = os.open(f"/proc/{pid}/task/{tid}", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
 
     def close(self) -> None:
         os.close(self.directory)

@@ -13,7 +13,7 @@ from receiver import protocol
 from receiver.capture import Reader, Stalled, TooLarge, sink_for
 from receiver.log import log
 from receiver.process import Process, mask, user_may_read
-from receiver.protocol import Channel, Credentials, Message, PeerGone, ProtocolError, printable
+from receiver.protocol import Channel, Message, PeerGone, ProtocolError, printable
 from receiver.record import UNLIMITED, Core, Record, text
 from receiver.store import NoRoom, Store, StoreError, no_limit
 
@@ -125,7 +125,7 @@ def look_at(offer: Message, config: Config) -> Offered:
     record.host_name = os.uname().nodename
     offered = Offered(record, offer.number("core_limit", UNLIMITED), may_read=False)
     secret = re.compile(config.secret_pattern, re.IGNORECASE)
-    secure = _look_at_process(record, process, secret) if process.pid else None
+    secure = _look_at_process(record, secret) if process.pid and thread.pid else None
     _fill_in(record, offer, secret)
     if secure is None:
         secure = offer.fields.get("secure") != b"0"
@@ -133,10 +133,10 @@ def look_at(offer: Message, config: Config) -> Offered:
     return offered
 
 
-def _look_at_process(record: Record, credentials: Credentials, secret: re.Pattern[str]) -> bool | None:
+def _look_at_process(record: Record, secret: re.Pattern[str]) -> bool | None:
     """Fill in what /proc tells here. Returns whether the process is secure (AT_SECURE), None when that is hidden."""
     try:
-        process = Process(credentials.pid)
+        process = Process(record.pid, record.tid)
     except OSError:
         # No /proc here, or hidden from us: the offer's own facts have to do.
         return None

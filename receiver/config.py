@@ -1,0 +1,491 @@
+"""The receiver's settings: a file, the environment, and what holds where neither says anything.
+
+Import budget: with Accept=yes this module is imported for each crash. Nothing at the top but `os`: a dataclass would
+cost 10 ms (it imports inspect), `re` 6, `tomllib` 14. What is rare is imported where it is needed.
+"""
+
+from __future__ import annotations
+
+import os
+
+TYPE_CHECKING = False  # typing's own costs 10 ms; type checkers know the name
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+DEFAULT_PATH = "/etc/core_pipe/receiver.toml"
+PATH_VARIABLE = "CORE_PIPE_CONFIG"
+
+_MAX_FILE = 65536  # bytes
+_MAX_SHOWN = 20  # problems in one error: a file of rubbish must not fill the journal at each crash
+_MAX_SIZE = (1 << 63) - 1  # off_t
+_MAX_SECONDS = 366 * 86400.0
+_UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+# Too much is masked rather than too little: AUTHOR is no secret, but OAUTH is. `_PWD`, as in MYSQL_PWD, and not PWD.
+# Passwords within an URL stay: their variables have no name in common.
+_SECRETS = "PASS|_PWD|SECRET|TOKEN|KEY|CRED|AUTH|COOKIE|PRIVATE|DSN|CONNECTION_?STRING"
+
+
+class Problem:
+    """One thing that is wrong, and what would be right.
+
+    source: the file's path, or "environment". key: the setting or variable, empty when the file as a whole is meant.
+    remedy: a sentence; for a value, "Allowed: ...".
+    """
+
+    __slots__ = ("key", "problem", "remedy", "source")
+
+    def __init__(self, source: str, key: str, problem: str, remedy: str) -> None:
+        self.source = source
+        self.key = key
+        self.problem = problem
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return ": ".join(part for part in (self.source, self.key, self.problem) if part) + ". " + self.remedy
+
+
+class ConfigError(ValueError):
+    """The settings are wrong. `problems` has all that were found; the text has a line for each."""
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = tuple(problems)
+        lines = [str(problem) for problem in self.problems[:_MAX_SHOWN]]
+        if len(self.problems) > _MAX_SHOWN:
+            lines.append(f"... and {len(self.problems) - _MAX_SHOWN} more.")
+        super().__init__("\n".join(lines))
+
+
+class Limit:
+    """A number of bytes, or a share of a file system."""
+
+    __slots__ = ("_bytes", "_thousandths")
+
+    def __init__(self, *, size: int = 0, percent: float | None = None) -> None:
+        self._bytes = size
+        # Whole thousandths of a percent: a float would be wrong by whole blocks on a large file system.
+        self._thousandths = None if percent is None else round(percent * 1000)
+
+    def bytes_of(self, filesystem_total: int) -> int:
+        """Return the limit in bytes on a file system of that many bytes."""
+        if self._thousandths is None:
+            return self._bytes
+        return filesystem_total * self._thousandths // 100_000
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Limit):
+            return NotImplemented
+        return (self._bytes, self._thousandths) == (other._bytes, other._thousandths)
+
+    def __hash__(self) -> int:
+        return hash((self._bytes, self._thousandths))
+
+    def __repr__(self) -> str:
+        if self._thousandths is None:
+            return f"Limit(size={self._bytes})"
+        return f"Limit(percent={self._thousandths / 1000:g})"
+
+
+class Setting:
+    """One row of the table below: what is read, explained and documented comes from here alone.
+
+    default: as one would write it. parse: text to value; raises ValueError whose text completes "'...' ".
+    """
+
+    __slots__ = ("allowed", "default", "meaning", "name", "parse")
+
+    def __init__(self, name: str, default: str, parse: Callable[[str], object], allowed: str, meaning: str) -> None:
+        self.name = name
+        self.default = default
+        self.parse = parse
+        self.allowed = allowed
+        self.meaning = meaning
+
+    @property
+    def env(self) -> str:
+        return "CORE_PIPE_" + self.name.upper()
+
+
+def _path(text: str) -> str:
+    if not text.startswith("/") or "\0" in text or len(os.fsencode(text)) > 4095:
+        raise ValueError("is not an absolute path")
+    parts = [part for part in text.split("/") if part not in ("", ".")]
+    if not parts or ".." in parts:
+        raise ValueError("is not the path of a directory of its own")
+    return "/" + "/".join(parts)
+
+
+def _one_of(*words: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in words:
+            raise ValueError("is none of them")
+        return text
+
+    return parse
+
+
+def _whole(least: int, most: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        # isdigit() knows other scripts' digits too; the length bounds the work of int().
+        if not (text.isascii() and text.isdigit()) or len(text) > 10:
+            raise ValueError("is not a whole number")
+        if not least <= int(text) <= most:
+            raise ValueError("is out of range")
+        return int(text)
+
+    return parse
+
+
+def _decimal(text: str, problem: str) -> float:
+    """Return 12 or 1.5; nothing else that float() would take (nan, 1_0, 1e3). Raises ValueError(problem)."""
+    whole, _, fraction = text.partition(".")
+    digits = whole + fraction
+    if not whole or not (digits.isascii() and digits.isdigit()) or len(digits) > 20:
+        raise ValueError(problem)
+    return float(text)
+
+
+def _seconds(least: float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        value = _decimal(text, "is not a number of seconds")
+        if not least <= value <= _MAX_SECONDS:
+            raise ValueError("is out of range")
+        return value
+
+    return parse
+
+
+def _size(text: str) -> int:
+    problem = "is not a size"
+    unit = _UNITS.get(text[-1:].upper(), 1)
+    number = text[:-1] if unit > 1 else text
+    # Bytes are whole, and a float has no room for all of them.
+    value = int(_decimal(number, problem) * unit) if "." in number and unit > 1 else _whole_size(number, problem) * unit
+    if value > _MAX_SIZE:
+        raise ValueError("is larger than any file")
+    return value
+
+
+def _whole_size(text: str, problem: str) -> int:
+    if not (text.isascii() and text.isdigit()) or len(text) > 20:
+        raise ValueError(problem)
+    return int(text)
+
+
+def _size_or_off(text: str) -> int | None:
+    return None if text == "off" else _size(text)
+
+
+def _limit_or_off(text: str) -> Limit | None:
+    if text == "off":
+        return None
+    if not text.endswith("%"):
+        return Limit(size=_size(text))
+    percent = _decimal(text[:-1], "is not a percentage")
+    if percent > 100:
+        raise ValueError("is more than the whole file system")
+    return Limit(percent=percent)
+
+
+def _pattern(text: str) -> str:
+    if not text:
+        raise ValueError("is empty and would match every name")
+    if text == _SECRETS:  # spares importing re; a test compiles it
+        return text
+    if len(text) > 4096:
+        raise ValueError("is longer than 4096 characters")
+    import re  # noqa: PLC0415  (import budget)
+    import warnings  # noqa: PLC0415
+
+    try:
+        with warnings.catch_warnings():
+            # "Possible nested set" and the like: the pattern works.
+            warnings.simplefilter("ignore")
+            re.compile(text, re.IGNORECASE)
+    # Besides re.error: ValueError for flags that text cannot have, the others for monsters.
+    except (re.error, ValueError, OverflowError, RecursionError, MemoryError) as error:
+        raise ValueError(f"is not a regular expression: {_plain(str(error))}") from None
+    return text
+
+
+_SIZE_TEXT = "bytes, or a number with K, M, G or T (powers of 1024), such as 512M; 'off' for no limit"
+_LIMIT_TEXT = (
+    "bytes, a number with K, M, G or T (powers of 1024), such as 512M, "
+    "or a percentage of the store's file system, such as 10%; 'off' for no limit"
+)
+
+SETTINGS: tuple[Setting, ...] = (
+    Setting(
+        "store",
+        "/var/lib/core_pipe",
+        _path,
+        "an absolute path that is not /",
+        "The directory that keeps the cores. Elsewhere than the default, the service's sandbox must open it: "
+        "see ReadWritePaths= in the unit's 10-sandbox.conf.",
+    ),
+    Setting(
+        "compression",
+        "zstd",
+        _one_of("zstd", "none"),
+        "'zstd' or 'none'",
+        "How cores are stored. 'none' leaves files that every debugger opens; zero pages are holes then.",
+    ),
+    Setting(
+        "compression_level",
+        "1",
+        _whole(1, 19),
+        "a whole number from 1 (fastest) to 19 (smallest)",
+        "zstd's level. The crashed process is held until its core is read: a slow level is a slow restart.",
+    ),
+    Setting(
+        "core_max",
+        "32G",
+        _size_or_off,
+        _SIZE_TEXT,
+        "The most that is stored of one core, counted before compression. Of a larger core, what a debugger needs most "
+        "is kept.",
+    ),
+    Setting(
+        "store_max",
+        "10%",
+        _limit_or_off,
+        _LIMIT_TEXT,
+        "The most that all cores together take up in the store.",
+    ),
+    Setting(
+        "keep_free",
+        "5%",
+        _limit_or_off,
+        _LIMIT_TEXT,
+        "The free space that is left to others on the store's file system.",
+    ),
+    Setting(
+        "secret_pattern",
+        _SECRETS,
+        _pattern,
+        "a regular expression (Python's); '(?!)' matches no name",
+        "Environment variables whose name has a match, in any case, are recorded without their value. "
+        "The core itself still holds it.",
+    ),
+    Setting(
+        "idle_seconds",
+        "60",
+        _seconds(0),
+        "seconds, from 0 to a year; 0 for never",
+        "The service (Accept=no) leaves after so long without a crash; the next crash starts it again.",
+    ),
+    Setting(
+        "workers",
+        "16",
+        _whole(1, 64),
+        "a whole number from 1 to 64",
+        "Crashes that the service writes at the same time; the next one waits.",
+    ),
+    Setting(
+        "offer_seconds",
+        "10",
+        _seconds(0.1),
+        "seconds, from 0.1 to a year",
+        "The deadline for each step of the conversation with the forwarder.",
+    ),
+    Setting(
+        "stall_seconds",
+        "60",
+        _seconds(0.1),
+        "seconds, from 0.1 to a year",
+        "A core of which no byte arrives for so long ends there; what came is kept.",
+    ),
+)
+
+_BY_NAME = {setting.name: setting for setting in SETTINGS}
+
+
+class Config:
+    """The settings as values. Immutable; `Config()` has the defaults, `Config(workers=2)` all but one of them.
+
+    store: absolute path. compression: "zstd" or "none". compression_level: zstd's.
+    core_max: bytes before compression, None for no limit.
+    store_max, keep_free: None for no limit, else ask `bytes_of` with the size of the store's file system.
+    secret_pattern: a valid regular expression, to be searched for (not matched) with re.IGNORECASE.
+    idle_seconds (0.0: never leave), offer_seconds, stall_seconds: seconds. workers: a count.
+    """
+
+    __slots__ = tuple(_BY_NAME)
+
+    store: str
+    compression: str
+    compression_level: int
+    core_max: int | None
+    store_max: Limit | None
+    keep_free: Limit | None
+    secret_pattern: str
+    idle_seconds: float
+    workers: int
+    offer_seconds: float
+    stall_seconds: float
+
+    def __init__(self, **values: object) -> None:
+        """Take values as they are, unparsed. Raises TypeError for a name that is no setting."""
+        unknown = values.keys() - _BY_NAME.keys()
+        if unknown:
+            raise TypeError(f"no such settings: {', '.join(sorted(unknown))}")
+        for setting in SETTINGS:
+            value = values[setting.name] if setting.name in values else setting.parse(setting.default)
+            object.__setattr__(self, setting.name, value)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"a Config does not change; make a new one instead of setting '{name}'")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"a Config does not change; '{name}' stays")
+
+    def _values(self) -> tuple[object, ...]:
+        return tuple(getattr(self, name) for name in _BY_NAME)
+
+    def __eq__(self, other: object) -> bool:
+        return self._values() == other._values() if isinstance(other, Config) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._values())
+
+    def __repr__(self) -> str:
+        return f"Config({', '.join(f'{name}={getattr(self, name)!r}' for name in _BY_NAME)})"
+
+
+def describe() -> list[tuple[str, str, str, str, str]]:
+    """Return (name, environment variable, default, allowed, meaning) of each setting: for help and documentation."""
+    return [(s.name, s.env, s.default, s.allowed, s.meaning) for s in SETTINGS]
+
+
+def load(path: str | None = None, environ: Mapping[str, str] | None = None) -> Config:
+    """Return the settings from the file and the environment (`os.environ` unless given), which wins.
+
+    path: the file; without it the one that CORE_PIPE_CONFIG names; without that the default one, and only that one
+    may be missing. Variables that are no setting are ignored: hooks and other programs have theirs, named alike.
+
+    Raises ConfigError with everything that is wrong.
+    """
+    environ = os.environ if environ is None else environ
+    problems: list[Problem] = []
+    values: dict[str, object] = {}
+    named = path if path is not None else environ.get(PATH_VARIABLE)
+    source = DEFAULT_PATH if named is None else named
+    try:
+        text = _read(source, may_be_missing=named is None)
+        if text is not None:
+            _from_file(source, text, values, problems)
+    except ConfigError as error:
+        # The environment is looked at all the same: one round of corrections is enough.
+        problems.extend(error.problems)
+    for setting in SETTINGS:
+        given = environ.get(setting.env)
+        if given is not None:
+            _one("environment", setting.env, setting, given, values, problems)
+    if problems:
+        raise ConfigError(problems)
+    return Config(**values)
+
+
+def _plain(text: str) -> str:
+    """Another library's message, which may quote what it was given, as ASCII."""
+    return text[:200].encode("ascii", "backslashreplace").decode("ascii")
+
+
+def _shown(value: object) -> str:
+    """A value as one short line for an error: escaped, since the journal's reader may sit at a terminal."""
+    text = ascii(value[:61] if isinstance(value, str) else value)
+    return text if len(text) <= 64 else text[:60] + "..."
+
+
+def _one(
+    source: str, key: str, setting: Setting, given: str, values: dict[str, object], problems: list[Problem]
+) -> None:
+    try:
+        values[setting.name] = setting.parse(given)
+    except ValueError as error:
+        problems.append(Problem(source, key, f"{_shown(given)} {error}", f"Allowed: {setting.allowed}."))
+
+
+def _read(path: str, *, may_be_missing: bool) -> bytes | None:
+    """Return the file's bytes, or None when it is missing and may be. Raises ConfigError.
+
+    Who writes this file decides where root writes cores, so only root may be able to (H17): neither a link that
+    somebody put there, nor a file that somebody else owns or writes.
+    """
+
+    def wrong(problem: str, remedy: str) -> ConfigError:
+        return ConfigError([Problem(ascii(path)[1:-1], "", problem, remedy)])
+
+    try:
+        # O_NONBLOCK: opening a FIFO must not wait for its writer. It changes nothing for a file.
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
+    except FileNotFoundError:
+        if may_be_missing:
+            return None
+        raise wrong(
+            "there is no such file", f"Write one there, or unset {PATH_VARIABLE} to use the defaults."
+        ) from None
+    except (OSError, ValueError) as error:
+        if os.path.islink(path):
+            raise wrong("is a symbolic link", "Put the file itself there, or name its target.") from None
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise wrong(f"cannot be opened: {reason}", "Make it a file that root can read.") from None
+    try:
+        status = os.fstat(fd)
+        if status.st_mode & 0o170000 != 0o100000:  # S_ISREG; the stat module is no cheaper to say it with
+            raise wrong("is not a regular file", "Put a file there.")
+        if status.st_uid not in (0, os.geteuid()):
+            raise wrong(f"belongs to uid {status.st_uid}", f"Run: chown root {path}")
+        if status.st_mode & 0o022:
+            raise wrong("can be written by others than its owner", f"Run: chmod go-w {path}")
+        parts = []
+        left = _MAX_FILE + 1
+        while left and (data := os.read(fd, left)):
+            parts.append(data)
+            left -= len(data)
+        if not left:
+            raise wrong(f"is larger than {_MAX_FILE // 1024} KiB", "Only settings belong there.")
+        return b"".join(parts)
+    except OSError as error:
+        raise wrong(f"cannot be read: {error.strerror}", "Make it a file that root can read.") from None
+    finally:
+        os.close(fd)
+
+
+def _from_file(source: str, text: bytes, values: dict[str, object], problems: list[Problem]) -> None:
+    """Parse the file into `values`; what is wrong goes to `problems`. Raises ConfigError when it is no TOML."""
+    import tomllib  # noqa: PLC0415  (import budget)
+
+    shown_source = ascii(source)[1:-1]
+    try:
+        table = tomllib.loads(text.decode("utf-8"))
+    # ValueError: TOMLDecodeError, UnicodeDecodeError, and int() of more than 4300 digits. RecursionError: "[[[[[...".
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(
+            [Problem(shown_source, "", f"is not TOML: {_plain(str(error))}", "Write lines such as: core_max = '512M'")]
+        ) from None
+    for key, value in table.items():
+        setting = _BY_NAME.get(key)
+        if setting is None:
+            problems.append(Problem(shown_source, _shown(key)[1:-1], "there is no such setting", _nearest(key)))
+            continue
+        # bool is an int to isinstance, and nobody means 1 by true.
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            problem = f"{_shown(value)} is neither a text nor a number"
+            problems.append(Problem(shown_source, key, problem, f"Allowed: {setting.allowed}."))
+            continue
+        try:
+            given = str(value)
+        except ValueError:  # 0xfff...: more than 4300 digits
+            given = "a huge number"
+        _one(shown_source, key, setting, given, values, problems)
+
+
+def _nearest(key: str) -> str:
+    import difflib  # noqa: PLC0415  (only for an error)
+
+    # Cut: the comparison takes quadratic time.
+    near = difflib.get_close_matches(key[:64].lower().replace("-", "_"), _BY_NAME, n=1, cutoff=0.5)
+    if near:
+        return f"Did you mean '{near[0]}'?"
+    return f"Allowed: {', '.join(_BY_NAME)}."
