@@ -1,0 +1,143 @@
+"""A receiver that is missing, refuses, or does not answer: in bounded time the next is asked; the record says why."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.support.containers import Host, PlainContainer
+from tests.support.crash import crash
+from tests.support.receivers import (
+    STORE,
+    Forwarder,
+    fake_receiver,
+    forwarder_installed,
+    host_receiver,
+    list_records,
+    wait_for_records,
+)
+from tests.support.waiting import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = pytest.mark.kernel
+
+
+@pytest.fixture(scope="module")
+def forwarder() -> Iterator[Forwarder]:
+    with forwarder_installed() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def container() -> Iterator[PlainContainer]:
+    with PlainContainer() as found:
+        yield found
+
+
+def next_record(forwarder: Forwarder, before: int) -> dict[str, object]:
+    with Host() as host:
+        return wait_for_records(host, before + 1, forwarder.store)[-1]
+
+
+def test_no_receiver_in_the_container(forwarder: Forwarder, container: PlainContainer) -> None:
+    before = len(forwarder.records())
+    with host_receiver(forwarder):
+        assert crash(container, "SEGV").core_dumped
+        record = next_record(forwarder, before)
+    assert record["core"]["state"] == "stored"  # type: ignore[index]
+    assert record["tried"] == ["own root: there is no /run/core_pipe.socket"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "reason"),
+    [
+        ("refuse", r"own root: its receiver refused: no\x0aroom\x1b[31m \xff"),
+        ("silent", "own root: its receiver did not answer the offer before the deadline"),
+        ("backlog", "own root: its queue of connections stayed full until the deadline"),
+        ("garbage", "own root: its receiver does not speak the protocol: the header does not begin with 'CP'"),
+        ("hangup", "own root: its receiver hung up on the offer"),
+    ],
+)
+def test_a_receiver_that_does_not_take_it(
+    forwarder: Forwarder, container: PlainContainer, mode: str, reason: str
+) -> None:
+    """H1: a full backlog held Apport's stub for ever, and the whole machine's dumps with it."""
+    before = len(forwarder.records())
+    with host_receiver(forwarder), fake_receiver(container, mode):
+        found = crash(container, "SEGV", timeout=30)
+        assert found.core_dumped
+        record = next_record(forwarder, before)
+    assert record["core"]["state"] == "stored"  # type: ignore[index]
+    assert record["tried"] == [reason]
+
+
+def test_a_listener_that_is_gone(forwarder: Forwarder, container: PlainContainer) -> None:
+    before = len(forwarder.records())
+    script = "import socket; socket.socket(socket.AF_UNIX).bind('/run/core_pipe.socket')"
+    container.run(["python3", "-c", script], check=True)
+    try:
+        with host_receiver(forwarder):
+            assert crash(container, "SEGV").core_dumped
+            record = next_record(forwarder, before)
+    finally:
+        container.run(["rm", "/run/core_pipe.socket"], check=True)
+    assert record["tried"] == ["own root: nobody listens at its socket"]
+
+
+def test_no_receiver_at_all_leaves_a_record_that_says_why(forwarder: Forwarder, container: PlainContainer) -> None:
+    before = len(forwarder.records())
+    found = crash(container, "ABRT", "--comm", b"odd \n)\xff(")
+    assert found.signal is not None
+    record = next_record(forwarder, before)
+    assert record["core"]["state"] == "none"  # type: ignore[index]
+    for part in ("no receiver took the core", "own root: there is no /run/core_pipe.socket", "host: there is no"):
+        assert part in record["core"]["reason"]  # type: ignore[index]
+    assert (record["pid"], record["signal_name"]) == (found.host_pid, "SIGABRT")
+    assert record["comm"] == "odd \n)\\xff("
+
+
+@pytest.mark.usefixtures("forwarder")
+def test_what_goes_wrong_is_one_line_in_the_journal_or_the_kernels_log(container: PlainContainer) -> None:
+    found = crash(container, "ABRT", "--comm", b"line\nbreak")
+    wanted = rf"pid {found.host_pid} (line\x0abreak), signal 6: no receiver took the core"
+    wait_until(lambda: wanted in host_log(), 20, "a line in the log")
+
+
+def host_log() -> str:
+    """What the stub has said on this machine."""
+    if os.path.exists("/run/systemd/journal/socket"):
+        command = ["journalctl", "--quiet", "--output=cat", "--identifier=core_pipe", "--since=-5min"]
+    else:
+        command = ["dmesg"]
+    # The kernel's log escapes a backslash.
+    said = subprocess.run(command, capture_output=True, text=True, errors="replace", check=True)
+    return said.stdout.replace(r"\x5c", "\\")
+
+
+@pytest.mark.parametrize("mode", ["keep", "fork-keep", "stop", "drip", "vanish", "lie"])
+def test_a_receiver_that_takes_the_core_and_does_not_finish(
+    forwarder: Forwarder, container: PlainContainer, mode: str
+) -> None:
+    """H7: who holds the descriptor holds the crashed process and a slot of the kernel's. H23: nobody else is asked."""
+    before = len(forwarder.records())
+    with host_receiver(forwarder), fake_receiver(container, mode):
+        found = crash(container, "SEGV", "--fill", str(8 << 20), "random", timeout=60)
+        assert found.signal is not None
+        record = next_record(forwarder, before)
+    assert record["core"]["state"] == "none"  # type: ignore[index]
+    assert "own root: its receiver" in record["core"]["reason"]  # type: ignore[index]
+    assert list_records(container, STORE) == []
+
+
+def test_an_honest_slow_receiver_is_not_cut(forwarder: Forwarder, container: PlainContainer) -> None:
+    """Progress counts: 8 MiB at 64 KiB each 50 ms take longer than the deadline for no progress."""
+    before = len(forwarder.records())
+    with fake_receiver(container, "slow"):
+        found = crash(container, "SEGV", "--fill", str(8 << 20), "random", timeout=60)
+    assert found.core_dumped
+    assert len(forwarder.records()) == before

@@ -1,0 +1,75 @@
+"""Every signal whose default action is to dump core (signal(7)), by its real cause where it has one."""
+
+from __future__ import annotations
+
+import signal
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.support.containers import PlainContainer
+from tests.support.crash import compile_crasher, crash
+from tests.support.receivers import dump, forwarder_installed, gdb, list_records, resident, wait_for_records
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+pytestmark = pytest.mark.kernel
+
+SIGNALS = ["QUIT", "ILL", "TRAP", "ABRT", "BUS", "FPE", "SEGV", "XCPU", "XFSZ", "SYS"]
+
+
+@pytest.fixture(scope="module")
+def container() -> Iterator[PlainContainer]:
+    with forwarder_installed(), PlainContainer() as found, resident(found):
+        yield found
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+def test_signal(container: PlainContainer, tmp_path: Path, name: str) -> None:
+    before = len(list_records(container))
+    found = crash(container, name)
+    assert found.signal == signal.Signals[f"SIG{name}"]
+    assert found.core_dumped
+    record = wait_for_records(container, before + 1)[-1]
+    assert (record["signal_name"], record["signal"]) == (f"SIG{name}", int(signal.Signals[f"SIG{name}"]))
+    assert record["core"]["state"] == "stored"
+    core = dump(container, record["id"], tmp_path / "core")
+    said = gdb(compile_crasher("crash"), core, "bt")
+    assert f"Program terminated with signal SIG{name}" in said
+    assert "do_crash" in said
+    assert "main (" in said
+
+
+@pytest.mark.parametrize("option", ["--from-thread", "--leader-exits"])
+def test_a_thread_that_is_not_the_leader(container: PlainContainer, tmp_path: Path, option: str) -> None:
+    """/proc/<pid>/root, ns and exe do not resolve any more when the leader has exited: identify by thread."""
+    before = len(list_records(container))
+    found = crash(container, "SEGV", option, "--threads", "3")
+    assert found.core_dumped
+    record = wait_for_records(container, before + 1)[-1]
+    assert record["pid"] == found.pid
+    assert record["tid"] != found.pid
+    assert record["tid"] == record["own_tid"]
+    assert record["core"]["state"] == "stored"
+    core = dump(container, str(found.pid), tmp_path / "core")
+    assert "thread_main (" in gdb(compile_crasher("crash"), core, "bt")
+
+
+def test_core_limit_zero_leaves_a_record(container: PlainContainer) -> None:
+    before = len(list_records(container))
+    crash(container, "SEGV", "--core-limit", "0")
+    record = wait_for_records(container, before + 1)[-1]
+    assert record["core"]["state"] == "none"
+    assert record["core"]["reason"] == "the soft core limit (ulimit -c) of the process is 0"
+    assert record["core_limit"] == 0
+
+
+def test_core_limit_that_is_too_small_leaves_a_record(container: PlainContainer) -> None:
+    before = len(list_records(container))
+    crash(container, "SEGV", "--core-limit", "100000", "--fill", str(1 << 20), "random")
+    record = wait_for_records(container, before + 1)[-1]
+    assert record["core"]["state"] == "none"
+    assert "more than 100000 (soft core limit" in record["core"]["reason"]
+    assert record["core"]["size_bytes"] > 1 << 20
