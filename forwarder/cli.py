@@ -8,6 +8,7 @@ import sys
 
 from forwarder import __version__, install
 from forwarder.staging import InstallError
+from forwarder.status import status
 
 # As systemctl(1): 3 for what is not active because it was never started.
 OK, FAILED, NOT_INSTALLED = 0, 1, 3
@@ -73,7 +74,7 @@ def _install(*, runtime: bool) -> int:
     for line in install.install(install.HOST, runtime=runtime):
         print(line)
     # What the installation cannot mend by itself is best heard now.
-    for problem in install.status(install.HOST).problems:
+    for problem in status(install.HOST).problems:
         print(f"warning: {problem.what}\n   mend: {problem.mend}", file=sys.stderr)
     return OK
 
@@ -85,7 +86,7 @@ def _uninstall() -> int:
 
 
 def _status(*, json: bool) -> int:
-    found = install.status(install.HOST)
+    found = status(install.HOST)
     if json:
         print(found.as_json())
     else:

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 SIGKILL = 9
 # How often the watch looks at the kernel's account of the core's progress.
 WATCH_SECONDS = 1.0
-# So much of the core has to move in stall_seconds: a reader who takes a page a minute is no reader, and the slowest disk
-# that is one takes more.
+# So much of the core has to move in stall_seconds: who takes a page a minute is no reader, and the slowest disk
+# takes more.
 LEAST_PROGRESS = 1 << 20
 # From "done" to the end of the process: it only has to give its memory back.
 END_SECONDS = 2.0

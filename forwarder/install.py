@@ -15,19 +15,17 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import glob
 import hashlib
 import json
 import math
 import os
-import stat
 import tomllib
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import receiver
 from forwarder import __version__, staging
-from forwarder.staging import DamagedError, InstallError
+from forwarder.staging import InstallError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -76,15 +74,6 @@ _ENVIRONMENT = "CORE_PIPE_FORWARDER_"
 
 # Stubs that run at uninstall get this long to end, in seconds.
 STUB_SECONDS = 10.0
-
-# sysctl.d(5): a file in an earlier directory replaces those of the same name in the later ones.
-_SYSCTL_DIRECTORIES = (
-    "/etc/sysctl.d",
-    "/run/sysctl.d",
-    "/usr/local/lib/sysctl.d",
-    "/usr/lib/sysctl.d",
-    "/lib/sysctl.d",
-)
 
 
 @dataclass(frozen=True)
@@ -145,40 +134,6 @@ class Paths:
 HOST = Paths()
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Something that is not as it should be, and what mends it."""
-
-    what: str
-    mend: str
-
-
-@dataclass(frozen=True)
-class Status:
-    """What `status` shows; `dataclasses.asdict` of it is the JSON form, whose keys are part of the interface.
-
-    active: the kernel starts our launcher for a crash, and the staged code is whole. ingress: the way in, "pipe"; None
-    when not active. installed: "persistent", "runtime" (the one that core_pattern names, if both are there) or None.
-    version: the staged code's and this package's. features: what this kernel has, as far as it can be told without a
-    crash. host_receiver: whether there is a socket for the host's own crashes.
-    """
-
-    active: bool
-    ingress: str | None
-    core_pattern: str
-    core_pipe_limit: int
-    suid_dumpable: int
-    installed: str | None
-    version: dict[str, str | None]
-    features: dict[str, object]
-    host_receiver: bool
-    problems: list[Problem]
-
-    def as_json(self) -> str:
-        """Return the JSON form."""
-        return json.dumps(asdict(self), indent=2)
-
-
 def stub_settings(paths: Paths = HOST, environment: Mapping[str, str] = os.environ) -> dict[str, object]:
     """Return what the launcher hands to the stub's `main`.
 
@@ -237,7 +192,7 @@ def core_pattern(python: str, launcher: str) -> str:
 
 def refuse_elsewhere() -> None:
     """Raise InstallError unless this is root in the namespaces where the kernel starts the stub."""
-    _refuse_containers()
+    refuse_containers()
     if os.geteuid() != 0:
         raise InstallError("only root can change what the kernel does with cores", "run it again with sudo")
 
@@ -262,19 +217,19 @@ def install(paths: Paths = HOST, *, runtime: bool = False) -> list[str]:
                 settings,
                 python=python,
                 version=__version__,
-                configuration=_configuration(paths),
+                configuration=configuration(paths),
             )
         )
         done.append(f"staged version {__version__} of the stub in {place.code}")
 
-        before = _sysctls()
+        before = current_values()
         remembered, notes = _what_to_remember(paths, before)
         done += notes
         _replace(undo, place.state, json.dumps(remembered, indent=1).encode() + b"\n")
         if place.sysctl_file:
             _replace(undo, place.sysctl_file, sysctl_file(pattern))
             done.append(f"wrote {place.sysctl_file}")
-        for name, value in _ours(pattern).items():
+        for name, value in our_values(pattern).items():
             undo.callback(write_sysctl, name, before[name])
             write_sysctl(name, value)
             done.append(f"{name} = {value}" + (f" (was: {before[name]})" if before[name] != value else ""))
@@ -294,9 +249,9 @@ def uninstall(paths: Paths = HOST) -> list[str]:
     refuse_elsewhere()
     done: list[str] = []
     with _locked(paths):
-        current = _sysctls()
-        active = _place_of(current[PATTERN], paths)
-        present = [place for place in paths.places if _is_present(place)]
+        current = current_values()
+        active = place_of(current[PATTERN], paths)
+        present = [place for place in paths.places if is_present(place)]
         if not present and not active:
             return []
         remembered, notes = _remembered(paths)
@@ -305,7 +260,7 @@ def uninstall(paths: Paths = HOST) -> list[str]:
             done.append("what was there before is not remembered: going back to what the kernel has at boot")
             remembered = KERNEL_DEFAULTS
         for name in reversed(SYSCTLS):
-            is_ours = active is not None if name == PATTERN else current[name] == _ours("")[name]
+            is_ours = active is not None if name == PATTERN else current[name] == our_values("")[name]
             if is_ours and current[name] != remembered[name]:
                 write_sysctl(name, remembered[name])
             if is_ours or current[name] == remembered[name]:
@@ -330,54 +285,6 @@ def uninstall(paths: Paths = HOST) -> list[str]:
     return done
 
 
-def status(paths: Paths = HOST) -> Status:
-    """Look at everything that a crash depends on, and change nothing. Root is not needed.
-
-    Raises InstallError in a container, where the answer would be about another machine's files.
-    """
-    _refuse_containers()
-    current = _sysctls()
-    active = _place_of(current[PATTERN], paths)
-    present = [place for place in paths.places if _is_present(place)]
-    place = active or (present[0] if present else None)
-    problems: list[Problem] = []
-    staged = None
-    if place:
-        again = f"core-pipe-forwarder install{' --runtime' if place.kind == 'runtime' else ''}"
-        try:
-            staged = staging.read_staged(place.code)
-        except DamagedError as error:
-            problems.append(Problem(f"the staged code is damaged: {error}", again))
-        problems += _sysctl_problems(current, active, again)
-        pattern = current[PATTERN] if active else None
-        if staged:
-            problems += _staged_problems(staged, place, pattern, paths, again)
-        if place.sysctl_file:
-            problems += _boot_problems(place.sysctl_file, pattern, paths, again)
-    host_receiver = _is_socket(paths.at("/run/core_pipe.socket"))
-    if place and not host_receiver:
-        problems.append(
-            Problem(
-                f"{paths.at('/run/core_pipe.socket')} is not there: crashes of the host's own processes get a record, "
-                "and no core",
-                "core-pipe-receiver install --host; systemctl daemon-reload; systemctl start core_pipe-host.socket",
-            )
-        )
-    is_active = active is not None and staged is not None
-    return Status(
-        active=is_active,
-        ingress="pipe" if is_active else None,
-        core_pattern=current[PATTERN],
-        core_pipe_limit=int(current[LIMIT]),
-        suid_dumpable=int(current[SUID]),
-        installed=place.kind if place else None,
-        version={"staged": staged.version if staged else None, "current": __version__},
-        features=_features(),
-        host_receiver=host_receiver,
-        problems=problems,
-    )
-
-
 def sysctl_file(pattern: str) -> bytes:
     """Return the contents of the file in sysctl.d, from the template beside the packages. Raises InstallError."""
     home = os.path.dirname(receiver.__path__[0])
@@ -388,7 +295,7 @@ def sysctl_file(pattern: str) -> bytes:
                 text = file.read()
         except FileNotFoundError:
             continue
-        for name, value in _ours(pattern).items():
+        for name, value in our_values(pattern).items():
             text = text.replace(f"@{name.partition('.')[2].upper()}@", value)
         return text.encode()
     raise InstallError(f"sysctl.d/60-core_pipe.conf.in is not in {home}", "install this package anew")
@@ -418,17 +325,17 @@ def _proc(name: str) -> str:
     return "/proc/sys/" + name.replace(".", "/")
 
 
-def _sysctls() -> dict[str, str]:
+def current_values() -> dict[str, str]:
     return {name: read_sysctl(name) for name in SYSCTLS}
 
 
-def _ours(pattern: str) -> dict[str, str]:
+def our_values(pattern: str) -> dict[str, str]:
     """Return our values in the order of setting."""
     values = {PATTERN: pattern, LIMIT: CORE_PIPE_LIMIT, SUID: SUID_DUMPABLE}
     return {name: values[name] for name in SYSCTLS}
 
 
-def _refuse_containers() -> None:
+def refuse_containers() -> None:
     mend = "run it on the host; inside a container install the receiver: core-pipe-receiver install"
     for kind, initial in (("pid", PROC_PID_INIT_INO), ("user", PROC_USER_INIT_INO)):
         if os.stat(f"/proc/self/ns/{kind}").st_ino != initial:
@@ -483,7 +390,7 @@ def _toml(path: str) -> dict[str, Any]:
         raise InstallError(f"{path} is not TOML ({error})", "correct it") from error
 
 
-def _configuration(paths: Paths) -> str:
+def configuration(paths: Paths) -> str:
     """Return what changes with the files. Without the environment: `status` has not the one that `install` had."""
     return hashlib.sha256(repr(stub_settings(paths, {})).encode()).hexdigest()
 
@@ -497,7 +404,7 @@ def _number(text: str) -> float | str:
     return text if math.isnan(number) else number
 
 
-def _place_of(pattern: str, paths: Paths) -> Place | None:
+def place_of(pattern: str, paths: Paths) -> Place | None:
     """Return which installation a core_pattern starts, of whatever version, None for another handler's."""
     if not pattern.startswith("|"):
         return None
@@ -505,7 +412,7 @@ def _place_of(pattern: str, paths: Paths) -> Place | None:
     return next((place for place in paths.places if place.launcher in words[1:]), None)
 
 
-def _is_present(place: Place) -> bool:
+def is_present(place: Place) -> bool:
     return any(path and os.path.lexists(path) for path in (place.launcher, place.state, place.sysctl_file))
 
 
@@ -541,140 +448,11 @@ def _what_to_remember(paths: Paths, current: Mapping[str, str]) -> tuple[dict[st
     Ours are never remembered as somebody else's: where our own value is in force, what was remembered before stays.
     """
     remembered, notes = _remembered(paths)
-    active = _place_of(current[PATTERN], paths)
+    active = place_of(current[PATTERN], paths)
     if remembered is None and active is None:
         return dict(current), notes
     if remembered is None:
         notes.append("what was there before is not remembered: uninstall will go back to what the kernel has at boot")
         remembered = KERNEL_DEFAULTS
-    ours = _ours(current[PATTERN] if active else "")
+    ours = our_values(current[PATTERN] if active else "")
     return {name: remembered[name] if current[name] == ours[name] else current[name] for name in SYSCTLS}, notes
-
-
-def _sysctl_problems(current: Mapping[str, str], active: Place | None, again: str) -> Iterator[Problem]:
-    if active is None:
-        name, mend = _handler(current[PATTERN])
-        yield Problem(f"{name} is in our place: {PATTERN} is {current[PATTERN]}", mend.format(again=again))
-    for name, value, why in (
-        (
-            LIMIT,
-            CORE_PIPE_LIMIT,
-            "0 lets processes vanish while they are looked at, and a low limit loses crashes unseen",
-        ),
-        (SUID, SUID_DUMPABLE, "0 dumps no set-user-ID programs, and 1 gives their secrets to whoever started them"),
-    ):
-        if current[name] != value:
-            yield Problem(f"{name} is {current[name]}, not {value}: {why}", again)
-
-
-def _handler(pattern: str) -> tuple[str, str]:
-    """Return a name for another handler, and how we get our place back."""
-    if "systemd-coredump" in pattern:
-        return "systemd-coredump", "{again} (its own sysctl.d file sorts before ours, so boot is on our side)"
-    if "apport" in pattern:
-        # Its service writes core_pattern when it starts, after sysctl.d.
-        return "apport", "systemctl disable --now apport.service, then {again}"
-    if pattern.startswith("|"):
-        return os.path.basename(pattern[1:].partition(" ")[0]), "stop it from setting core_pattern, then {again}"
-    return ("a socket handler" if pattern.startswith("@") else "a file pattern"), "{again}"
-
-
-def _staged_problems(
-    staged: staging.Staged, place: Place, pattern: str | None, paths: Paths, again: str
-) -> Iterator[Problem]:
-    """Yield what is wrong with code that is whole. `pattern` is the kernel's, None when it is another handler's."""
-    package = {name: hashlib.sha256(source).hexdigest() for name, source in staging.sources(paths.packages).items()}
-    if package != {name: digest for name, digest in staged.hashes.items() if name.endswith(".py")}:
-        yield Problem(
-            f"the staged code (version {staged.version}) is not this package's (version {__version__})", again
-        )
-    try:
-        if _configuration(paths) != staged.configuration:
-            yield Problem("the configuration was changed since it was installed", again)
-    except InstallError as error:
-        yield Problem(error.fact, f"{error.mend}; then {again}")
-    if not os.access(staged.python, os.X_OK):
-        yield Problem(f"the stub's interpreter {staged.python} cannot be started", f"install that Python; then {again}")
-    elif os.path.realpath(staged.python) != staged.python_file:
-        yield Problem(
-            f"{staged.python} is another Python now: without compiled code for it, the stub starts more slowly", again
-        )
-    if pattern and pattern != f"|{staged.python} {FLAGS} {place.launcher} {ARGUMENTS}":
-        yield Problem(f"{PATTERN} starts our launcher in another way than this version does", again)
-    for path in (staged.python, place.launcher, staged.library):
-        if reason := staging.insecure(path):
-            yield Problem(
-                f"root runs {path} at every crash, and {reason}",
-                "give what is named to root, writable by root only"
-                + (", or install this package with the system's Python" if path == staged.python else ""),
-            )
-
-
-def _boot_problems(file: str, pattern: str | None, paths: Paths, again: str) -> Iterator[Problem]:
-    """Yield what keeps the next boot from setting our values. `pattern` is the kernel's, if it is ours."""
-    ours = _sysctl_assignments(file)
-    if ours is None:
-        yield Problem(f"{file} is not there: the installation ends at the next boot", again)
-        return
-    expected = _ours(pattern or ours.get(PATTERN, ""))
-    if any(ours.get(name) != value for name, value in expected.items()):
-        yield Problem(f"{file} does not say what is installed", again)
-    for later in _later_files(file, paths):
-        for name, value in (_sysctl_assignments(later) or {}).items():
-            if expected.get(name, value) != value:
-                yield Problem(
-                    f"{later} comes after {os.path.basename(file)} and sets {name} = {value}",
-                    f"remove that line from {later}",
-                )
-
-
-def _later_files(file: str, paths: Paths) -> list[str]:
-    """Return the files that have a say after ours, in the order in which they are read."""
-    found: dict[str, str] = {}
-    for directory in _SYSCTL_DIRECTORIES:
-        for path in glob.glob(glob.escape(paths.at(directory)) + "/*.conf"):
-            found.setdefault(os.path.basename(path), path)
-    later = [found[name] for name in sorted(found) if name > os.path.basename(file)]
-    # sysctl(8) --system reads it last. systemd-sysctl does not, and Debian links it from sysctl.d: name it once.
-    last = paths.at("/etc/sysctl.conf")
-    if os.path.realpath(last) not in map(os.path.realpath, later):
-        later.append(last)
-    return later
-
-
-def _sysctl_assignments(path: str) -> dict[str, str] | None:
-    """Return what a file in sysctl.d sets, names with dots; None when it cannot be read.
-
-    Globs are left out: a name that is written out, as ours, wins over them wherever they stand (sysctl.d(5)).
-    """
-    try:
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
-            lines = file.read().splitlines()
-    except OSError:
-        return None
-    found = {}
-    for line in lines:
-        name, equals, value = line.strip().partition("=")
-        if equals and not name.startswith(("#", ";")):
-            # "-": errors are ignored. The first separator says which of the two kinds the name has.
-            name = name.strip().removeprefix("-")
-            found[name.replace("/", ".")] = value.strip()
-    return found
-
-
-def _features() -> dict[str, object]:
-    features: dict[str, object] = {}
-    # Since 6.17. What it lists is what core_pattern may be.
-    with contextlib.suppress(OSError), open("/proc/sys/kernel/core_modes", encoding="ascii") as file:
-        features["core_modes"] = file.read().split()
-        # It came after %F. Without the file nothing is known: %F went into stable kernels too, so the version says
-        # nothing, and core_pattern takes any letter. Then the first crash tells, by its argument F.
-        features["pidfd"] = True
-    return features
-
-
-def _is_socket(path: str) -> bool:
-    try:
-        return stat.S_ISSOCK(os.lstat(path).st_mode)
-    except OSError:
-        return False

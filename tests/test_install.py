@@ -19,6 +19,7 @@ import pytest
 from forwarder import __version__, cli, install, staging
 from forwarder.install import LIMIT, PATTERN, SUID, Paths, Place, core_pattern, read_sysctl, write_sysctl
 from forwarder.staging import InstallError
+from forwarder.status import status
 from tests.support.machine import exclusive, why_unavailable
 from tests.support.waiting import wait_until
 
@@ -110,7 +111,7 @@ def of_kind(paths: Paths, kind: str) -> Place:
 
 def mentions(paths: Paths, *words: str) -> bool:
     """Whether a problem has these words in it, and tells what to do about it."""
-    problems = install.status(paths).problems
+    problems = status(paths).problems
     return any(all(word in problem.what for word in words) and problem.mend for problem in problems)
 
 
@@ -163,7 +164,7 @@ class TestInstall:
         before = files(machine.prefix)
         for kind in order:
             install.install(machine, runtime=kind == "runtime")
-        assert install.status(machine).installed == order[1]
+        assert status(machine).installed == order[1]
         for place in machine.places:
             assert json.loads(read(place.state)) == BEFORE
 
@@ -218,7 +219,7 @@ class TestInstall:
             os._exit(0)
         assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
         assert sysctls() == {**BEFORE, LIMIT: "1024"}
-        assert not install.status(machine).active
+        assert not status(machine).active
 
         install.uninstall(machine)
         assert sysctls() == BEFORE
@@ -276,7 +277,7 @@ class TestCrash:
         assert arguments["v"] == "1"
         assert arguments["s"] == str(int(signal.SIGSEGV))
         assert arguments["F"] == ("3" if seen["pidfd"] else "")
-        assert seen["pidfd"] or not install.status(machine).features.get("pidfd")
+        assert seen["pidfd"] or not status(machine).features.get("pidfd")
         assert seen["size"] > 4096
 
         library = staging.read_staged(machine.persistent.code).library
@@ -349,14 +350,14 @@ class TestUninstall:
         install.install(machine)
         write_sysctl(PATTERN, "|/usr/lib/systemd/systemd-coredump %P")
         write_sysctl(LIMIT, "16")
-        assert not install.status(machine).active
+        assert not status(machine).active
         assert mentions(machine, "systemd-coredump is in our place")
 
         done = install.uninstall(machine)
         assert any(f"left {PATTERN} alone" in line for line in done)
         assert any(f"left {LIMIT} alone" in line for line in done)
         assert sysctls() == {PATTERN: "|/usr/lib/systemd/systemd-coredump %P", LIMIT: "16", SUID: BEFORE[SUID]}
-        assert install.status(machine).installed is None
+        assert status(machine).installed is None
 
     def test_killed_half_way_it_goes_on(self, machine: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
         before = files(machine.prefix)
@@ -408,7 +409,7 @@ class TestUninstall:
 @pytest.mark.kernel
 class TestStatus:
     def test_not_installed(self, machine: Paths) -> None:
-        found = install.status(machine)
+        found = status(machine)
         assert (found.active, found.ingress, found.installed, found.problems) == (False, None, None, [])
         assert found.version == {"staged": None, "current": __version__}
         assert found.core_pattern == BEFORE[PATTERN]
@@ -417,7 +418,7 @@ class TestStatus:
     def test_active(self, machine: Paths, kind: str, listener: str) -> None:
         assert listener
         install.install(machine, runtime=kind == "runtime")
-        found = install.status(machine)
+        found = status(machine)
         assert json.loads(found.as_json()) == {
             "active": True,
             "ingress": "pipe",
@@ -448,18 +449,18 @@ class TestStatus:
     def test_damage_is_found_and_mended(self, machine: Paths, damage: str, words: str) -> None:
         install.install(machine)
         subprocess.run(damage.format(code=machine.persistent.code), shell=True, check=True)
-        assert not install.status(machine).active
+        assert not status(machine).active
         assert mentions(machine, words)
 
         install.install(machine)
-        assert install.status(machine).active
+        assert status(machine).active
         assert not mentions(machine, words)
 
     def test_another_version(self, machine: Paths) -> None:
         install.install(machine)
         write(f"{machine.prefix}/src/forwarder/stub.py", STUB + "# newer\n")
         assert mentions(machine, "not this package's")
-        assert install.status(machine).active
+        assert status(machine).active
         install.install(machine)
         assert not mentions(machine, "not this package's")
 
@@ -484,7 +485,7 @@ class TestStatus:
     def test_other_arguments(self, machine: Paths) -> None:
         install.install(machine)
         write_sysctl(PATTERN, f"|{staging.interpreter()} {machine.persistent.launcher} %P")
-        assert install.status(machine).active
+        assert status(machine).active
         assert mentions(machine, "in another way")
 
     def test_what_others_can_write(self, machine: Paths) -> None:
@@ -533,7 +534,7 @@ class TestStatus:
         install.install(machine)
         write(f"{machine.prefix}/etc/sysctl.conf", "kernel.core_pattern=core")
         os.symlink("../sysctl.conf", f"{machine.prefix}/etc/sysctl.d/99-sysctl.conf")
-        assert len([p for p in install.status(machine).problems if "comes after" in p.what]) == 1
+        assert len([p for p in status(machine).problems if "comes after" in p.what]) == 1
 
     def test_the_file_for_the_boot(self, machine: Paths) -> None:
         install.install(machine)

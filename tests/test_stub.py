@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forwarder import install, namespaces
+from forwarder import install, namespaces, staging
 from forwarder.crash import ARGUMENTS, Crash, parse
 from receiver.auxv import is_secure
 from tests.support.mounts import CHECKOUT
@@ -46,7 +46,7 @@ def modules(code: str) -> set[str]:
     """The modules that a bare interpreter has after running some code."""
     program = f"import sys; sys.path.append({CHECKOUT!r})\n{code}\nprint('\\n'.join(sys.modules))"
     found = subprocess.run(
-        [install.staging.interpreter(), "-IBS", "-c", program], capture_output=True, text=True, check=True
+        [staging.interpreter(), "-IBS", "-c", program], capture_output=True, text=True, check=True
     )
     return set(found.stdout.split())
 
