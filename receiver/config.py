@@ -242,8 +242,7 @@ SETTINGS: tuple[Setting, ...] = (
         "32G",
         _size_or_off,
         _SIZE_TEXT,
-        "The most that is stored of one core, counted before compression. Of a larger core, what a debugger needs most "
-        "is kept.",
+        "The largest core that is stored, counted before compression. A larger one leaves a record without it.",
     ),
     Setting(
         "store_max",
@@ -293,7 +292,7 @@ SETTINGS: tuple[Setting, ...] = (
         "60",
         _seconds(0.1),
         "seconds, from 0.1 to a year",
-        "A core of which no byte arrives for so long ends there; what came is kept.",
+        "A core of which no byte arrives for so long is given up; its record says so.",
     ),
 )
 
