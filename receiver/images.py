@@ -26,6 +26,8 @@ _UNITS = "etc/systemd/system"
 _WANTS = f"{_UNITS}/sockets.target.wants"
 # Before anybody's drop-in by name, also before the override.conf that `systemctl edit` makes.
 _SANDBOX = "10-sandbox.conf"
+# In the source the folder's name is a prefix, so that systemd finds it for each of our services (systemd.unit(5)).
+_SANDBOX_SOURCE = f"core_pipe-.service.d/{_SANDBOX}"
 _ACCEPT_NO = "10-accept-no.conf"
 
 # Made here, because the units' sandbox cannot make it: tmpfiles.d does only at the next boot.
@@ -133,7 +135,7 @@ def _files(*, accept: bool, host: bool) -> dict[str, str]:
     files = {
         f"{_UNITS}/{socket_unit}": socket_unit,
         f"{_UNITS}/{service}": service,
-        f"{_UNITS}/{service}.d/{_SANDBOX}": "sandbox.conf",
+        f"{_UNITS}/{service}.d/{_SANDBOX}": _SANDBOX_SOURCE,
         "etc/tmpfiles.d/core_pipe.conf": "tmpfiles.d/core_pipe.conf",
     }
     if not host and not accept:
@@ -158,7 +160,7 @@ def _prepared(name: str, program: str, tree: _Tree) -> bytes:
     text = _source(name)
     if name.endswith(".service"):
         text = _replaced(text, f"ExecStart={_DEFAULT_PROGRAM}", f"ExecStart={program}")
-    if name == "sandbox.conf":
+    if name == _SANDBOX_SOURCE:
         places = _places(tree, program)
         if _below(places, _HOMES):
             because = "# Not yes: the program itself is in one of the directories that this would hide.\n"
