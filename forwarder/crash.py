@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 
 from forwarder import namespaces
+from forwarder.share import key_of
 from receiver.auxv import is_secure
 
 # The names stand in core_pattern (`forwarder/install.py`), each with the kernel's specifier of the same letter.
@@ -29,6 +30,7 @@ class Crash:
     pid, tid: %P and %I, thread group and dumping thread, host's numbering.
     own_pid, own_tid: %p and %i, the same in the process's own pid namespace.
     signal: %s. time: %t, seconds since the epoch. uid, gid: %u and %g, real ids, host's numbering.
+    key: the container, as the host counts them (`forwarder/share.py`); empty until it is identified.
     core_limit: %c, bytes, soft RLIMIT_CORE; UNLIMITED for none.
     dumpable: %d, 0 no, 1 by its user, 2 by root only (suid_dumpable=2).
 
@@ -45,6 +47,7 @@ class Crash:
         "core_limit",
         "dumpable",
         "gid",
+        "key",
         "own_pid",
         "own_tid",
         "pid",
@@ -80,6 +83,7 @@ class Crash:
         self.uid = number("u", 0)
         self.gid = number("g", 0)
         self.comm = b""
+        self.key = ""
         # The kernel puts the pidfd at 3 and nowhere else, and expands %F to nothing when it does not know it.
         self.pidfd = number("F", -1)
         if self.pidfd not in (-1, 3):
@@ -105,6 +109,7 @@ class Crash:
                 self.pidfd = os.pidfd_open(self.pid)
             self.verify()
             self.comm = self.read("comm", 64).removesuffix(b"\n")
+            self.key = key_of(self.task)
             if not self.pidfd_is_kernels and self.time and self._started() > self.time + 1:
                 raise Unidentified(f"process {self.pid} is younger than the crash")
         except OSError as error:

@@ -42,8 +42,9 @@ WATCH_SECONDS = 1.0
 LEAST_PROGRESS = 1 << 20
 # From "done" to the end of the process: it only has to give its memory back.
 END_SECONDS = 2.0
-# systemd closes a connection above MaxConnections= at once: between two tries others may come to their end.
+# systemd closes a connection above MaxConnections= at once, and logs it: between two tries others come to their end.
 RETRY_SECONDS = 0.05
+LONGEST_RETRY_SECONDS = 0.5
 
 
 class Lost(Exception):
@@ -57,10 +58,13 @@ class Handoff:
     it the kernel keeps the crashing process and its slot.
     """
 
-    def __init__(self, crash: Crash, core: int, *, connect_seconds: float, stall_seconds: float) -> None:
+    def __init__(
+        self, crash: Crash, core: int, *, connect_seconds: float, busy_seconds: float, stall_seconds: float
+    ) -> None:
         self.crash = crash
         self.core = core
         self.connect_seconds = connect_seconds
+        self.busy_seconds = busy_seconds
         self.stall_seconds = stall_seconds
         # Who was asked and did not take it, and why: one line each.
         self.tried: list[str] = []
@@ -77,17 +81,21 @@ class Handoff:
 
         Raises Refused: nothing was passed, another may be asked. Raises Lost: it was passed and went wrong.
         """
-        deadline = time.monotonic() + self.connect_seconds
+        # Who hangs up at once is alive, over its MaxConnections=: worth waiting for longer than silence.
+        busy = time.monotonic() + self.busy_seconds
+        pause = RETRY_SECONDS
         while True:
+            deadline = time.monotonic() + self.connect_seconds
             channel = route.open(place, deadline)
             try:
                 try:
                     wants_core = self._offer(channel, deadline)
                 except (PeerGone, ConnectionError):
-                    # Over its MaxConnections=, or its worker fell over. Nothing was passed yet.
-                    if time.monotonic() + RETRY_SECONDS >= deadline:
+                    # Nothing was passed yet.
+                    if time.monotonic() + pause >= busy:
                         raise Refused("its receiver hung up on the offer") from None
-                    time.sleep(RETRY_SECONDS)
+                    time.sleep(pause)
+                    pause = min(pause * 1.5, LONGEST_RETRY_SECONDS)
                     continue
                 if wants_core:
                     self._pass(channel, deadline)

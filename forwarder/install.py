@@ -67,7 +67,8 @@ STORE = "/var/lib/core_pipe"
 
 # Name: default, least, most (all seconds), what it is.
 _NUMBERS = {
-    "connect_seconds": (5.0, 0.1, 60.0, "to get a connection and an answer to the offer from one receiver"),
+    "connect_seconds": (10.0, 0.1, 60.0, "to get a connection and an answer to the offer from one receiver"),
+    "busy_seconds": (30.0, 0.1, 600.0, "to try again at a receiver that hangs up because it is busy"),
     "stall_seconds": (60.0, 1.0, 86400.0, "without progress of the core before the crashing process is killed"),
 }
 _ENVIRONMENT = "CORE_PIPE_FORWARDER_"

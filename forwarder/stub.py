@@ -4,7 +4,7 @@ Import budget
 -------------
 The kernel starts a Python for each crash, so each import here is paid by a process that waits in the kernel. Allowed on
 this path, and held by tests/test_stub.py: the interpreter's built-in modules (_signal, _socket, _struct, errno, fcntl,
-select, time), os with what it brings, and forwarder.{stub,crash,namespaces,rendezvous,route,handoff} and
+select, time), os with what it brings, and forwarder.{stub,crash,share,namespaces,rendezvous,route,handoff} and
 receiver.{auxv,protocol}. No typing, no socket, no json, no logging, no dataclasses, no third-party package. What is
 rare (a crash that nobody takes) is imported where it is needed.
 
@@ -21,6 +21,7 @@ from forwarder.crash import Crash, Unidentified, parse
 from forwarder.handoff import Handoff, Lost
 from forwarder.rendezvous import Absent, Refused
 from forwarder.route import Route
+from forwarder.share import Share
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -49,7 +50,12 @@ def main(settings: Mapping[str, object], arguments: list[str] | None = None) -> 
     try:
         crash = Crash(parse(sys.argv[1:] if arguments is None else arguments))
         crash.identify()
-        reason = _bring(crash, settings, tried)
+        share = Share(crash.key)
+        reason = share.take()
+        try:
+            reason = reason or _bring(crash, settings, tried)
+        finally:
+            share.close()
     except (ValueError, Unidentified) as error:
         reason = str(error)
     except Exception as error:
@@ -57,6 +63,8 @@ def main(settings: Mapping[str, object], arguments: list[str] | None = None) -> 
         reason = f"{type(error).__name__}: {error}"
     if reason is None:
         return 0
+    # Whatever comes now takes time, and the process shall not wait for it.
+    os.dup2(1, CORE)
     from forwarder import unhandled  # noqa: PLC0415 - rare
 
     unhandled.record(settings, crash, sys.argv[1:] if arguments is None else arguments, reason, tried)
@@ -68,7 +76,8 @@ def _bring(crash: Crash, settings: Mapping[str, object], tried: list[str]) -> st
     handoff = Handoff(
         crash,
         CORE,
-        connect_seconds=float(str(settings.get("connect_seconds", 5.0))),
+        connect_seconds=float(str(settings.get("connect_seconds", 10.0))),
+        busy_seconds=float(str(settings.get("busy_seconds", 30.0))),
         stall_seconds=float(str(settings.get("stall_seconds", 60.0))),
     )
     handoff.tried = tried
@@ -90,6 +99,5 @@ def _bring(crash: Crash, settings: Mapping[str, object], tried: list[str]) -> st
                 return None
         return "no receiver took the core: " + "; ".join(tried)
     finally:
-        # Whatever comes now takes time, and the process shall not wait for it.
         handoff.close()
         route.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from forwarder.allowance import RECORDS, WINDOW_SECONDS, Allowance
 from forwarder.report import report
 from receiver.protocol import printable
 
@@ -19,7 +20,8 @@ def record(
 ) -> None:
     """Say it in the journal (or the kernel's log), and leave a record in the host's store.
 
-    crash: None when not even the arguments could be understood. Never raises.
+    Both within the allowance of the crash's container. crash: None when not even the arguments could be understood.
+    Never raises.
     """
     who = "an unknown process"
     if crash is not None:
@@ -27,8 +29,19 @@ def record(
     else:
         reason = f"{reason}; arguments: {printable(' '.join(arguments).encode('utf-8', 'surrogateescape'))}"
     reason = printable(reason.encode("utf-8", "backslashreplace"), 1000)
-    report(f"{who}: {reason}")
-    if crash is None:
+    # A crash that could not be identified counts for all of those.
+    key = crash.key if crash is not None and crash.key else "unidentified"
+    try:
+        may_say, may_record, kept_back = Allowance(key).use()
+    except OSError as error:
+        # /run is full or not there. Rather a line too many than silence.
+        report(f"what {key} may make us write cannot be counted ({error.strerror})")
+        may_say, may_record, kept_back = True, True, 0
+    if kept_back:
+        report(f"{key}: {kept_back} crashes before this one left no record: more than {RECORDS} in {WINDOW_SECONDS} s")
+    if may_say:
+        report(f"{who}: {reason}")
+    if crash is None or not may_record:
         return
     try:
         from receiver.record import Core, Record  # noqa: PLC0415 - the line above must be out whatever happens here
@@ -48,7 +61,9 @@ def record(
             dumpable=crash.dumpable,
         )
         found.tried = list(tried)
+        found.cgroup = key.replace("!", "/")
         found.core = Core(state="none", reason=reason)
         store.add_record(found)
     except Exception as error:
-        report(f"{who}: its record could not be written: {printable(str(error).encode('utf-8', 'replace'), 300)}")
+        if may_say:
+            report(f"{who}: its record could not be written: {printable(str(error).encode('utf-8', 'replace'), 300)}")

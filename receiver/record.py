@@ -32,6 +32,15 @@ def signal_name(number: int) -> str:
         return f"SIG{number}"
 
 
+def new_id(now: float, pid: int) -> str:
+    """Return an id that sorts by when the crash came here: the kernel's own time has whole seconds.
+
+    Not to be guessed and not to be met twice: names in the store are nobody's to prepare (H12).
+    """
+    stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(now))
+    return f"{stamp}-{int(now % 1 * 1e6):06d}-{pid}-{secrets.token_hex(4)}"
+
+
 @dataclass(slots=True)
 class Core:
     """What became of a core.
@@ -104,14 +113,13 @@ class Record:
         dumpable: int,
     ) -> Record:
         """Make a record of what the kernel says. time: since the epoch. core_limit: bytes, UNLIMITED for none."""
-        # A forged time far away must not break the calendar, and ids sort by time.
-        when = time if 0 < time < 1 << 34 else int(_now())
-        stamp = rfc3339(when).replace("-", "").replace(":", "")
+        now = _now()
+        # A forged time far away must not break the calendar.
+        when = time if 0 < time < 1 << 34 else int(now)
         return cls(
-            # Not to be guessed and not to be met twice: names in the store are nobody's to prepare (H12).
-            id=f"{stamp}-{pid}-{secrets.token_hex(4)}",
+            id=new_id(now, pid),
             timestamp=rfc3339(when),
-            received=rfc3339(_now()),
+            received=rfc3339(now),
             pid=pid,
             tid=tid,
             uid=uid,

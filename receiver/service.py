@@ -12,6 +12,7 @@ import signal
 import time
 from typing import TYPE_CHECKING
 
+from receiver import privileges
 from receiver.activation import tell_systemd
 from receiver.log import log
 from receiver.protocol import Channel
@@ -130,7 +131,7 @@ class Service:
             os.close(self._waker)
             connection.setblocking(True)
             with connection:
-                serve(Channel(connection), self.config)
+                serve(Channel(connection), self.config, confine=privileges.drop)
             status = 0
         except BaseException as error:
             log(f"a worker failed: {type(error).__name__}: {error}", error=True)
@@ -163,7 +164,7 @@ def serve_one(connection: socket.socket, config: Config) -> int:
         signal.signal(number, signal.SIG_IGN)
     with connection:
         connection.setblocking(True)
-        serve(Channel(connection), config)
+        serve(Channel(connection), config, confine=privileges.drop)
     # After the crashed process was let go.
     recover(config)
     return 0

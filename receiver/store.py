@@ -37,7 +37,7 @@ INTERRUPTED = "interrupted: the receiver ended before the core was complete"
 MAX_RECORD = 1 << 20
 # Names come and go in microseconds; who holds the lock longer is stuck.
 LOCK_SECONDS = 10.0
-ID = re.compile(r"[0-9]{8}T[0-9]{6}Z-[0-9]{1,20}-[0-9a-f]{8}")
+ID = re.compile(r"[0-9]{8}T[0-9]{6}-[0-9]{6}-[0-9]{1,20}-[0-9a-f]{8}")
 
 
 class StoreError(Exception):

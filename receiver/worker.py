@@ -18,6 +18,8 @@ from receiver.record import UNLIMITED, Core, Record, text
 from receiver.store import NoRoom, Store, StoreError, no_limit
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from receiver.config import Config
     from receiver.store import Entry
 
@@ -48,10 +50,11 @@ def open_store(config: Config) -> Store:
     )
 
 
-def serve(channel: Channel, config: Config) -> Record | None:
+def serve(channel: Channel, config: Config, *, confine: Callable[[], None] = lambda: None) -> Record | None:
     """Serve one connection to its end; returns the record, None when there was no crash to keep.
 
-    The channel stays the caller's. Never raises for what a peer or a full disk does.
+    confine: is called when all that needs a privilege is done, before the first byte of a core is read. The channel
+    stays the caller's. Never raises for what a peer or a full disk does.
     """
     begun = time.monotonic()
     deadline = begun + config.offer_seconds
@@ -62,6 +65,7 @@ def serve(channel: Channel, config: Config) -> Record | None:
         offer.close()
         offered = look_at(offer, config)
         store = open_store(config)
+        confine()
     except PeerGone:
         # A forwarder that looked who listens and went elsewhere, or somebody's probe.
         return None

@@ -33,6 +33,7 @@ BUDGET = {
     "forwarder.namespaces",
     "forwarder.rendezvous",
     "forwarder.route",
+    "forwarder.share",
     "forwarder.stub",
     "receiver",
     "receiver.auxv",
@@ -45,9 +46,7 @@ BUDGET |= {"os", "os.path", "posixpath", "genericpath", "stat", "_stat", "abc", 
 def modules(code: str) -> set[str]:
     """The modules that a bare interpreter has after running some code."""
     program = f"import sys; sys.path.append({CHECKOUT!r})\n{code}\nprint('\\n'.join(sys.modules))"
-    found = subprocess.run(
-        [staging.interpreter(), "-IBS", "-c", program], capture_output=True, text=True, check=True
-    )
+    found = subprocess.run([staging.interpreter(), "-IBS", "-c", program], capture_output=True, text=True, check=True)
     return set(found.stdout.split())
 
 

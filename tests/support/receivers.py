@@ -57,6 +57,7 @@ def forwarder_installed(**settings: str) -> Iterator[Forwarder]:
             environment = {
                 "CORE_PIPE_STORE": forwarder.store,
                 "CORE_PIPE_FORWARDER_CONNECT_SECONDS": CONNECT_SECONDS,
+                "CORE_PIPE_FORWARDER_BUSY_SECONDS": CONNECT_SECONDS,
                 "CORE_PIPE_FORWARDER_STALL_SECONDS": STALL_SECONDS,
                 **settings,
             }

@@ -1,0 +1,169 @@
+"""Each container's share of the kernel's slots: one may have many crashes at once, but never all of them.
+
+The kernel bounds the dumps in flight for the whole machine (core_pipe_limit) and drops what is over it with a line in
+its log. So the stubs keep their own count below that, by container, and a container may have at most half of what is
+left free by the others: however many containers take all they can get, there is always a share left for the next.
+
+The count is a folder of files, `KEY@PID`, each locked (flock) by its stub: the kernel unlocks when a stub is killed.
+
+Import budget: on the stub's start-up path, see `forwarder/stub.py`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+
+from forwarder import namespaces
+
+DIRECTORY = "/run/core_pipe_forwarder/flight"
+LIMIT_FILE = "/proc/sys/kernel/core_pipe_limit"
+# Slots that nobody's share is taken from: stubs that have started and not counted themselves yet.
+RESERVE = 8  # an eighth
+# What to count with where the kernel has no bound of its own (0); as many as `install` sets.
+UNBOUNDED = 1024
+LOCK_SECONDS = 1.0
+MAX_KEY = 200  # NAME_MAX is 255
+
+# Components of a cgroup path that engines put all of their containers below, without a cgroup of the container's own.
+_PARENTS = (b"docker", b"lxc", b"libpod_parent", b"kubepods", b"burstable", b"besteffort", b"machine", b"garden")
+
+
+def container_of(cgroup: bytes) -> bytes:
+    """Return the part of a cgroup path that its processes cannot multiply: up to the container's own cgroup.
+
+    cgroup: as the host sees it. Whatever a container makes below its cgroup (with systemd inside, a cgroup for each
+    service) is one container's still. Namespaces would be no key: anyone can make new ones.
+
+    Slices are systemd's way to sort what is in them (systemd.slice(5)): the first thing that is not one is the
+    container or the service; but a user is one thing, however many sessions he opens.
+    """
+    kept: list[bytes] = []
+    for part in cgroup.split(b"/"):
+        if not part:
+            continue
+        kept.append(part)
+        if part.startswith(b"user-") or not (part.endswith(b".slice") or part in _PARENTS):
+            break
+    return b"/" + b"/".join(kept)
+
+
+def cgroup_path(text: bytes) -> bytes:
+    """Return the path from a proc cgroup file: the unified hierarchy's, or on version 1 systemd's or the memory's."""
+    paths: dict[bytes, bytes] = {}
+    for line in text.splitlines():
+        parts = line.split(b":", 2)
+        if len(parts) == 3:
+            paths[parts[1]] = parts[2]
+    for wanted in (b"", b"name=systemd", b"memory"):
+        if paths.get(wanted, b"/") != b"/":
+            return paths[wanted]
+    return b"/"
+
+
+def key_of(task: int) -> str:
+    """Return a container's key, a file name; `task` is the crashed thread's proc directory."""
+    try:
+        path = container_of(cgroup_path(namespaces.read_at(task, "cgroup", 65536)))
+    except OSError:
+        path = b"/"
+    # "@" ends the key. Docker's and systemd's names are short; of a longer one the end tells more.
+    shown = "".join(chr(b) if chr(b).isalnum() or b in b"-_.:" else "!" for b in path)
+    return shown[-MAX_KEY:]
+
+
+class Share:
+    """One crash's place in the count. Owns its file, and removes it with `close`."""
+
+    __slots__ = ("_directory", "_entry", "_fd", "key")
+
+    def __init__(self, key: str, directory: str = DIRECTORY) -> None:
+        self.key = key
+        self._directory = directory
+        self._entry = f"{key}@{os.getpid()}"
+        self._fd = -1
+
+    def take(self) -> str | None:
+        """Return None when the container has a share left, and count this crash; else why not. Raises OSError."""
+        os.makedirs(self._directory, mode=0o700, exist_ok=True)
+        lock = os.open(f"{self._directory}/.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            deadline = time.monotonic() + LOCK_SECONDS
+            while not _locked(lock) and time.monotonic() < deadline:
+                time.sleep(0.001)
+            reason = self._refusal()
+            if reason is None:
+                path = f"{self._directory}/{self._entry}"
+                self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+                _locked(self._fd)
+            return reason
+        finally:
+            os.close(lock)
+
+    def _refusal(self) -> str | None:
+        limit = _limit()
+        mine, others = self._count()
+        if not _is_free(limit, mine, others):
+            # Those who were killed may stand there still.
+            self._clear()
+            mine, others = self._count()
+        if _is_free(limit, mine, others):
+            return None
+        return (
+            f"its container has {mine} dumps under way, which is all of its share ({mine + others} of {limit} in all)"
+        )
+
+    def _count(self) -> tuple[int, int]:
+        mine = others = 0
+        for name in os.listdir(self._directory):
+            if name.rpartition("@")[0] == self.key:
+                mine += 1
+            elif name != ".lock":
+                others += 1
+        return mine, others
+
+    def _clear(self) -> None:
+        for name in os.listdir(self._directory):
+            if name == ".lock":
+                continue
+            try:
+                fd = os.open(f"{self._directory}/{name}", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            except OSError:
+                continue
+            if _locked(fd):
+                try:
+                    os.unlink(f"{self._directory}/{name}")
+                except OSError:
+                    pass
+            os.close(fd)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            try:
+                os.unlink(f"{self._directory}/{self._entry}")
+            except OSError:
+                pass
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _is_free(limit: int, mine: int, others: int) -> bool:
+    """Whether one more may come: a container has at most half of what the others leave it.
+
+    With k containers that take all they get, each has limit / (k + 1), and so has the next one.
+    """
+    return mine < (limit - others + 1) // 2
+
+
+def _locked(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _limit() -> int:
+    limit = int(namespaces.read_at(-1, LIMIT_FILE, 64)) or UNBOUNDED
+    return limit - limit // RESERVE
