@@ -40,6 +40,8 @@ WATCH_SECONDS = 1.0
 # So much of the core has to move in stall_seconds: who takes a page a minute is no reader, and the slowest disk
 # takes more.
 LEAST_PROGRESS = 1 << 20
+# Where progress cannot be seen, the whole core has so many times the deadline for no progress.
+UNACCOUNTED = 10
 # From "done" to the end of the process: it only has to give its memory back.
 END_SECONDS = 2.0
 # systemd closes a connection above MaxConnections= at once, and logs it: between two tries others come to their end.
@@ -176,6 +178,9 @@ class Handoff:
         poll.register(channel.fileno(), select.POLLIN)
         written = self.crash.written()
         patience = time.monotonic() + self.stall_seconds
+        if written < 0:
+            # A kernel without the account (CONFIG_TASK_XACCT): one deadline for all of the core.
+            patience += (UNACCOUNTED - 1) * self.stall_seconds
         while not poll.poll(WATCH_SECONDS * 1000):
             now = self.crash.written()
             if now >= written + LEAST_PROGRESS:

@@ -1,8 +1,7 @@
 """Each container's share of the kernel's slots: one may have many crashes at once, but never all of them.
 
 The kernel bounds the dumps in flight for the whole machine (core_pipe_limit) and drops what is over it with a line in
-its log. So the stubs keep their own count below that, by container, and a container may have at most half of what is
-left free by the others: however many containers take all they can get, there is always a share left for the next.
+its log. So the stubs keep their own count below that, by container, and no container gets more than its share of it.
 
 The count is a folder of files, `KEY@PID`, each locked (flock) by its stub: the kernel unlocks when a stub is killed.
 
@@ -19,8 +18,8 @@ from forwarder import namespaces
 
 DIRECTORY = "/run/core_pipe_forwarder/flight"
 LIMIT_FILE = "/proc/sys/kernel/core_pipe_limit"
-# Slots that nobody's share is taken from: stubs that have started and not counted themselves yet.
-RESERVE = 8  # an eighth
+# One slot in so many is kept back for containers that have no crash under way.
+RESERVE = 8
 # What to count with where the kernel has no bound of its own (0); as many as `install` sets.
 UNBOUNDED = 1024
 LOCK_SECONDS = 1.0
@@ -149,11 +148,16 @@ class Share:
 
 
 def _is_free(limit: int, mine: int, others: int) -> bool:
-    """Whether one more may come: a container has at most half of what the others leave it.
+    """Whether one more may come.
 
-    With k containers that take all they get, each has limit / (k + 1), and so has the next one.
+    A container has at most a quarter of all, and at most half of what the others leave, so that the first few do not
+    take it all. And one crash at a time may always come, from the reserve: it takes as many hostile containers as the
+    reserve has slots to shut the next one out.
     """
-    return mine < (limit - others + 1) // 2
+    shared = limit - limit // RESERVE
+    if mine + others < shared and mine < min(shared // 4 or 1, (shared - others + 1) // 2):
+        return True
+    return mine == 0 and mine + others < limit
 
 
 def _locked(fd: int) -> bool:
@@ -165,5 +169,4 @@ def _locked(fd: int) -> bool:
 
 
 def _limit() -> int:
-    limit = int(namespaces.read_at(-1, LIMIT_FILE, 64)) or UNBOUNDED
-    return limit - limit // RESERVE
+    return int(namespaces.read_at(-1, LIMIT_FILE, 64)) or UNBOUNDED

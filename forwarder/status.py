@@ -112,7 +112,7 @@ def status(paths: Paths = HOST) -> Status:
             Problem(
                 f"{paths.at('/run/core_pipe.socket')} is not there: crashes of the host's own processes get a record, "
                 "and no core",
-                "core-pipe-receiver install --host; systemctl daemon-reload; systemctl start core_pipe-host.socket",
+                "core-pipe-receiver install --host",
             )
         )
     is_active = active is not None and staged is not None

@@ -92,12 +92,15 @@ def matches(record: Record, match: str) -> bool:
 
 def _records(store: Store, match: str | None) -> list[Record]:
     found = []
-    for name, record in store.records():
+    unreadable = 0
+    for _, record in store.records():
         if record is None:
-            if match is None:
-                print(f"corepipectl: {name}: cannot be read as a record, or not by you", file=sys.stderr)
+            unreadable += 1
         elif match is None or matches(record, match):
             found.append(record)
+    if unreadable:
+        # For an ordinary user every other user's, so one line for all of them.
+        print(f"corepipectl: {unreadable} more cannot be read as records, or not by you", file=sys.stderr)
     return found
 
 

@@ -201,8 +201,8 @@ def _find_program(tree: _Tree, program: str | None) -> tuple[str, list[str]]:
     if tree.find(program):
         return program, []
     warning = (
-        f"warning: there is no {tree.shown(program[1:])}. Install the package into the image (pip install core-pipe), "
-        "or name its place there with --program"
+        f"warning: there is no {tree.shown(program[1:])}. Install core_pipe into the image, "
+        "or name the program's place there with --program"
     )
     return program, [warning]
 

@@ -7,6 +7,7 @@ prefix is the level (sd-daemon(3)), and only there when systemd reads it.
 from __future__ import annotations
 
 import os
+import select
 import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -16,15 +17,27 @@ if TYPE_CHECKING:
 
 LOG_ERR = 3
 LOG_INFO = 6
+STDERR = 2
+# A pipe that poll(2) calls writable takes so many bytes without waiting (PIPE_BUF, pipe(7)).
+MAX_LINE = select.PIPE_BUF
+PATIENCE_MS = 100
 
 
 def log(text: str, *, error: bool = False) -> None:
-    """Write one line. Never raises: a full or closed standard error must not cost a core."""
+    """Write one line. Never raises and never waits: what reads our standard error may be gone, full, or stuck.
+
+    A container's log collector that stopped reading held every worker, and with them every crash (seen with a pipe).
+    """
     prefix = f"<{LOG_ERR if error else LOG_INFO}>" if "JOURNAL_STREAM" in os.environ else "core-pipe-receiver: "
+    line = (prefix + text.replace("\n", " ") + "\n").encode("utf-8", "backslashreplace")
+    if len(line) > MAX_LINE:
+        line = line[: MAX_LINE - 4] + b"...\n"
     try:
-        sys.stderr.write(prefix + text.replace("\n", " ") + "\n")
-        sys.stderr.flush()
-    except (OSError, ValueError, AttributeError):
+        poll = select.poll()
+        poll.register(STDERR, select.POLLOUT)
+        if any(events & select.POLLOUT for _, events in poll.poll(PATIENCE_MS)):
+            os.write(STDERR, line)
+    except OSError:
         pass
 
 
