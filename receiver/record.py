@@ -7,7 +7,11 @@ import secrets
 import signal as signals
 import time
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 UNLIMITED = (1 << 64) - 1
 
@@ -142,21 +146,53 @@ class Record:
         """Read a record back. Raises ValueError when it is none; unknown keys are ignored (a newer version's)."""
         if not isinstance(found, dict):
             raise ValueError("a record is a JSON object")
-        known = {name: value for name, value in found.items() if name in cls.__slots__}
-        core = known.pop("core", None)
+        known = _fitting(cls, found)
+        known["core"] = Core(**_fitting(Core, known.get("core", {})))
         try:
             record = cls(**known)
-            if isinstance(core, dict):
-                record.core = Core(**{name: value for name, value in core.items() if name in Core.__slots__})
         except TypeError as error:
             raise ValueError(f"not a record: {error}") from None
-        for name in ("id", "timestamp", "comm", "signal_name"):
-            if not isinstance(getattr(record, name), str):
-                raise ValueError(f"not a record: '{name}' is not text")
-        for name in ("pid", "tid", "uid", "gid", "signal"):
-            if not isinstance(getattr(record, name), int):
-                raise ValueError(f"not a record: '{name}' is not a number")
         return record
+
+
+def _texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _numbers(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, int) for item in value)
+
+
+def _table_of(kind: type, value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(item, kind) for item in value.values())
+
+
+# By the annotations above. A record may come from a stranger's store: who reads one can rely on its types.
+_FITS: dict[str, Callable[[object], bool]] = {
+    "str": lambda value: isinstance(value, str),
+    "int": lambda value: isinstance(value, int),
+    "float": lambda value: isinstance(value, int | float),
+    "list[str]": _texts,
+    "list[int]": _numbers,
+    "dict[str, int]": partial(_table_of, int),
+    "dict[str, str]": partial(_table_of, str),
+    "dict[str, dict[str, int | None]]": partial(_table_of, dict),
+    "Core": lambda value: isinstance(value, dict),
+}
+
+
+def _fitting(cls: type, found: dict[str, Any]) -> dict[str, Any]:
+    """Return the known fields of what JSON gave. Raises ValueError for one of a wrong type."""
+    known = {}
+    for name, annotation in cls.__annotations__.items():
+        if name not in found:
+            continue
+        value = found[name]
+        kind = annotation.removesuffix(" | None")
+        if not (_FITS[kind](value) or (value is None and kind != annotation)):
+            raise ValueError(f"not a record: '{name}' is not {annotation}")
+        known[name] = value
+    return known
 
 
 def _now() -> float:

@@ -7,6 +7,7 @@ Names in it, ID being the record's::
     .ID.core                its core so far
     .ID.room                how much of the store it may use: a sparse file whose size is the number
     .ID.final               its final record: from here on it is complete, and whoever finds it finishes the renames
+    .*.new                  a file of one of these names that is being written, under the lock
     .lock                   held (flock) while names come and go and while room is given
 
 A name is opened relative to the directory's descriptor, made with O_EXCL and never followed; the directory must be
@@ -24,7 +25,7 @@ import stat
 import struct
 import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from receiver.record import Core, Record
 
@@ -52,8 +53,21 @@ def no_limit(_filesystem_total: int) -> None:
     """Stand for a limit that is off."""
 
 
+class Usage(NamedTuple):
+    """What a store holds, in bytes on disk, from the point of view of one crash.
+
+    stored: cores that are there. promised: what the others that are being written may take. outstanding: what they have
+    not taken of that yet. own: what this one has taken.
+    """
+
+    stored: int
+    promised: int
+    outstanding: int
+    own: int
+
+
 class Store:
-    """A store's directory. Owns its descriptor.
+    """A store's directory. Owns its descriptor, whose position listings move: each process opens its own.
 
     limit: asked for the largest total of stored bytes, given the bytes of the file system; None for no limit.
     keep_free: likewise, how many bytes to leave free in the file system.
@@ -123,8 +137,11 @@ class Store:
             pass
 
     def _write(self, name: str, data: bytes, *, readers: int | None = None) -> None:
-        """Write a file whole, or not at all under its name."""
-        temporary = f"{name}.new"
+        """Write a file whole, or not at all under its name.
+
+        Call it with the lock held: what it leaves when it is killed, `recover` clears away under the lock.
+        """
+        temporary = f".{name.removeprefix('.')}.new"
         self._unlink(temporary)
         fd = self._open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
@@ -148,6 +165,8 @@ class Store:
                 was, record.core = record.core, Core(reason=INTERRUPTED)
                 write_all(fd, record.dumps())
                 record.core = was
+                # What `recover` makes visible of it looks like every record.
+                publish_mode(fd, None)
             except BaseException:
                 os.close(fd)
                 self._unlink(f".{record.id}.json")
@@ -156,53 +175,74 @@ class Store:
 
     def add_record(self, record: Record) -> None:
         """Keep a record that has no core. Raises OSError, StoreError."""
-        self._write(f"{record.id}.json", record.dumps())
+        with self.locked():
+            self._write(f"{record.id}.json", record.dumps())
 
     def names(self) -> list[str]:
         return os.listdir(self.directory)
 
-    def used(self, *, without: str | None = None) -> int:
-        """Return the bytes that cores take, on disk or promised to their workers. without: an id not to count."""
-        total = 0
+    def _usage(self, owner: str | None) -> Usage:
+        """Count what the store holds, from the point of view of one crash (its id)."""
+        stored = promised = outstanding = 0
+        rooms: dict[str, int] = {}
+        written: dict[str, int] = {}
         for name in self.names():
-            owner = name.removeprefix(".").split(".")[0]
-            if owner == without:
+            core = name.endswith(tuple(CORE_SUFFIXES.values()))
+            if not core and not name.endswith(".room"):
                 continue
             try:
                 found = os.stat(name, dir_fd=self.directory, follow_symlinks=False)
             except FileNotFoundError:
                 continue
-            if name.startswith("."):
-                if name.endswith(".room"):
-                    total += found.st_size
-            elif name.endswith((".core", ".core.zst")):
-                total += found.st_blocks * 512
-        return total
+            whose = name.removeprefix(".").split(".")[0]
+            if not core:
+                rooms[whose] = found.st_size
+            elif name.startswith("."):
+                written[whose] = found.st_blocks * 512
+            else:
+                stored += found.st_blocks * 512
+        for whose, room in rooms.items():
+            if whose != owner:
+                promised += room
+                outstanding += max(0, room - written.get(whose, 0))
+        return Usage(stored, promised, outstanding, own=written.get(owner or "", 0))
 
-    def make_room(self, owner: str, wanted: int, written: int) -> None:
-        """See to it that a worker may use `wanted` bytes, and evict the oldest cores for it. Raises NoRoom.
+    def used(self) -> int:
+        """Return the bytes that cores take, on disk or promised to their workers."""
+        found = self._usage(None)
+        return found.stored + found.promised
 
-        written: how many it has used already. Call it with the lock held.
+    def make_room(self, owner: str, wanted: int, *, evict: bool = True) -> None:
+        """See to it that the core of one crash may take `wanted` bytes. Raises NoRoom.
+
+        evict: remove the oldest cores where that helps; none goes in vain. Call it with the lock held.
         """
-        system = os.fstatvfs(self.directory)
-        whole = system.f_blocks * system.f_frsize
-        limit = self._limit(whole)
-        if limit is not None and wanted > limit:
-            raise NoRoom(f"it takes more than the store may hold in all (store_max, {limit} bytes)")
-        while limit is not None and self.used(without=owner) + wanted > limit:
-            if not self._evict_oldest("store_max"):
-                raise NoRoom(f"cores being written take up the store's total (store_max, {limit} bytes)")
-        keep_free = self._keep_free(whole) or 0
         while True:
             system = os.fstatvfs(self.directory)
-            if system.f_bavail * system.f_frsize - (wanted - written) >= keep_free:
-                return
-            if not self._evict_oldest("keep_free"):
+            whole = system.f_blocks * system.f_frsize
+            limit, keep_free = self._limit(whole), self._keep_free(whole) or 0
+            usage = self._usage(owner)
+            if limit is not None and wanted > limit:
+                raise NoRoom(f"it takes more than the store may hold in all (store_max, {limit} bytes)")
+            if limit is not None and usage.promised + wanted > limit:
+                raise NoRoom(f"cores being written take up the store's total (store_max, {limit} bytes)")
+            # A file system that does not tell its size (ramfs, some of FUSE's) does not tell what is free either.
+            missing = keep_free + usage.outstanding + max(0, wanted - usage.own) - system.f_bavail * system.f_frsize
+            if whole and missing > usage.stored:
                 raise NoRoom(f"the file system has to keep {keep_free} bytes free (keep_free)")
+            if limit is not None and usage.stored + usage.promised + wanted > limit:
+                setting = "store_max"
+            elif whole and missing > 0:
+                setting = "keep_free"
+            else:
+                return
+            if not (evict and self._evict_oldest(setting)):
+                raise NoRoom(f"older cores take up the room ({setting})")
 
     def _evict_oldest(self, why: str) -> bool:
         """Remove the oldest core, and say so in its record. Returns whether there was one."""
-        cores = sorted(name for name in self.names() if name[:1] != "." and name.endswith((".core", ".core.zst")))
+        suffixes = tuple(CORE_SUFFIXES.values())
+        cores = sorted(name for name in self.names() if not name.startswith(".") and name.endswith(suffixes))
         if not cores:
             return False
         self._unlink(cores[0])
@@ -236,14 +276,42 @@ class Store:
             finally:
                 os.close(fd)
 
+    def _read(self, name: str) -> Record:
+        """Return the record in a file, which must be its own (its name has its id). Raises OSError, ValueError."""
+        # Not blocking, should it be a FIFO.
+        fd = self._open(name, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise ValueError("it is not a file")
+            parts = []
+            left = MAX_RECORD + 1
+            while left and (part := os.read(fd, left)):
+                parts.append(part)
+                left -= len(part)
+        finally:
+            os.close(fd)
+        if not left:
+            raise ValueError("it is larger than a record may be")
+        try:
+            record = Record.from_json(json.loads(b"".join(parts)))
+        except RecursionError:
+            raise ValueError("it is nested too deeply") from None
+        if record.id != name.removeprefix(".").split(".")[0]:
+            raise ValueError("its id is not its name")
+        return record
+
     def load(self, owner: str) -> Record:
         """Return the record with this id. Raises OSError, ValueError."""
-        fd = self._open(f"{owner}.json", os.O_RDONLY | os.O_NONBLOCK)
-        with os.fdopen(fd, "rb") as file:
-            raw = file.read(MAX_RECORD + 1)
-        if len(raw) > MAX_RECORD:
-            raise ValueError("it is larger than a record may be")
-        return Record.from_json(json.loads(raw))
+        record = self._read(f"{owner}.json")
+        if record.core.path is not None:
+            try:
+                os.close(self.open_core(record))
+            except FileNotFoundError:
+                # By hand, or by an eviction whose worker was killed before it had said so.
+                record.core = Core(reason="its file is not in the store any more", size_bytes=record.core.size_bytes)
+            except OSError:
+                pass
+        return record
 
     def records(self) -> Iterator[tuple[str, Record | None]]:
         """Yield (id, record) in the order of time; None for one that is no record or may not be read."""
@@ -252,66 +320,106 @@ class Store:
                 owner = name.removesuffix(".json")
                 try:
                     yield owner, self.load(owner)
-                except (OSError, ValueError, RecursionError):
+                except (OSError, ValueError):
                     yield owner, None
 
     def open_core(self, record: Record) -> int:
         """Return a descriptor of a record's core. Raises OSError."""
         for suffix in CORE_SUFFIXES.values():
             try:
-                return self._open(record.id + suffix, os.O_RDONLY)
+                return self._open(record.id + suffix, os.O_RDONLY | os.O_NONBLOCK)
             except FileNotFoundError:
                 continue
         raise FileNotFoundError(errno.ENOENT, "there is no core", os.path.join(self.path, record.id))
 
     def recover(self) -> list[str]:
-        """Finish or clear away what workers left that are gone. Returns the ids. Raises OSError, StoreError."""
+        """Finish or clear away what workers left that are gone. Returns the ids that have a record now.
+
+        Raises OSError, and StoreError for the first of those that cannot be finished, when all others are.
+        """
         found = []
+        failure = None
         with self.locked():
             for name in self.names():
-                owner = name.removeprefix(".").removesuffix(".json")
-                if name != f".{owner}.json" or not ID.fullmatch(owner):
+                owner = name.removeprefix(".").split(".")[0]
+                if not ID.fullmatch(owner):
                     continue
                 try:
-                    fd = self._open(name, os.O_RDWR)
-                except FileNotFoundError:
-                    continue
-                try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    continue
-                else:
-                    self._roll(owner)
-                    found.append(owner)
-                finally:
-                    os.close(fd)
+                    if name == f".{owner}.json":
+                        if self._take_over(owner):
+                            found.append(owner)
+                    elif name.startswith(".") and name.endswith(".new"):
+                        self._unlink(name)
+                except OSError as error:
+                    failure = failure or StoreError(f"{self.path}/{name}: cannot be finished ({error.strerror})")
+        if failure is not None:
+            raise failure
         return found
 
-    def _roll(self, owner: str) -> None:
-        """Bring one crash to its end: forward when its final record stands, else back to a record without a core."""
+    def _take_over(self, owner: str) -> bool:
+        """Bring a crash to its end whose worker is gone. Returns whether it has a record now. Raises OSError."""
+        try:
+            fd = self._open(f".{owner}.json", os.O_RDWR)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        else:
+            return self._roll(owner)
+        finally:
+            os.close(fd)
+
+    def _roll(self, owner: str) -> bool:
+        """Bring one crash to its end: forward when its final record stands, else back to a record without a core.
+
+        Returns False when it had no record yet: its worker was killed before it could accept the crash. Raises OSError.
+        """
         names = set(self.names())
-        if f".{owner}.final" in names:
-            fd = self._open(f".{owner}.final", os.O_RDONLY)
-            with os.fdopen(fd, "rb") as file:
-                record = Record.from_json(json.loads(file.read(MAX_RECORD)))
-            if f".{owner}.core" in names and record.core.path is not None:
-                target = owner + CORE_SUFFIXES[record.core.compression or "none"]
-                # link(2) and not rename(2): it never replaces what stands there.
-                if target not in names:
-                    os.link(f".{owner}.core", target, src_dir_fd=self.directory, dst_dir_fd=self.directory)
+        recorded = True
+        final = self._read_final(owner) if f".{owner}.final" in names else None
+        if final is not None:
+            if f".{owner}.core" in names and final.core.path is not None:
+                self._publish(f".{owner}.core", owner + CORE_SUFFIXES[final.core.compression or "none"])
             os.rename(f".{owner}.final", f"{owner}.json", src_dir_fd=self.directory, dst_dir_fd=self.directory)
         elif f"{owner}.json" not in names:
-            os.link(f".{owner}.json", f"{owner}.json", src_dir_fd=self.directory, dst_dir_fd=self.directory)
-        for suffix in ("core", "room", "final.new", "json"):
+            try:
+                self._read(f".{owner}.json")
+            except ValueError:
+                recorded = False
+            else:
+                self._publish(f".{owner}.json", f"{owner}.json")
+        for suffix in ("core", "room", "final", "final.new", "json"):
             self._unlink(f".{owner}.{suffix}")
         os.fsync(self.directory)
+        return recorded
+
+    def _read_final(self, owner: str) -> Record | None:
+        """Return a final record that this version can act on. Raises OSError."""
+        try:
+            final = self._read(f".{owner}.final")
+        except ValueError:
+            return None
+        return final if (final.core.compression or "none") in CORE_SUFFIXES else None
+
+    def _publish(self, name: str, target: str) -> None:
+        """Give a file its visible name, again if need be. Raises OSError when that is another file's."""
+        try:
+            # link(2) and not rename(2): it never replaces what stands there.
+            os.link(name, target, src_dir_fd=self.directory, dst_dir_fd=self.directory, follow_symlinks=False)
+        except FileExistsError:
+            ours, theirs = (os.stat(n, dir_fd=self.directory, follow_symlinks=False) for n in (name, target))
+            if not os.path.samestat(ours, theirs):
+                raise
 
 
 class Entry:
     """A crash that is being written. Owns the lock on its pending record, and its core's file."""
 
-    # Room is asked for in steps, so that the store is not counted at each write.
+    # Room is asked for in steps, so that the store is not counted at each write. No file takes less than whole blocks.
     STEP = 8 << 20
+    BLOCK = 4096
 
     def __init__(self, store: Store, record: Record, lock: int) -> None:
         self.store = store
@@ -331,14 +439,16 @@ class Entry:
             return
         name = f".{self.record.id}.room"
         with self.store.locked():
-            for wanted in (size + self.STEP, size):
+            # Old cores go for what is needed, not for the convenience of a whole step.
+            for step, evict in ((self.STEP, False), (0, False), (min(size // 4, self.STEP), True), (0, True)):
+                wanted = -(-(size + step) // self.BLOCK) * self.BLOCK
                 try:
-                    self.store.make_room(self.record.id, wanted, self._room)
+                    self.store.make_room(self.record.id, wanted, evict=evict)
                     break
                 except NoRoom:
-                    if wanted == size:
+                    if evict and not step:
                         raise
-            fd = self.store._open(name, os.O_WRONLY | os.O_CREAT)  # noqa: SLF001
+            fd = self.store._open(name, os.O_WRONLY | os.O_CREAT | (0 if self._room else os.O_EXCL))  # noqa: SLF001
             try:
                 os.ftruncate(fd, wanted)
             finally:
