@@ -41,7 +41,7 @@ class Allowance:
                 begun, used = now, 0
             used += 1
             os.ftruncate(fd, 0)
-            os.pwrite(fd, f"{begun:.0f} {used}\n".encode(), 0)
+            os.pwrite(fd, f"{int(begun)} {used}\n".encode(), 0)
             return used <= LINES, used <= RECORDS, kept_back
         finally:
             os.close(fd)
@@ -64,7 +64,7 @@ def _lock(fd: int, seconds: float = 1.0) -> None:
 def _read(fd: int) -> tuple[float, int]:
     try:
         begun, used = os.pread(fd, 128, 0).split()
-        return float(begun), int(used)
-    except ValueError:
+        return float(int(begun)), int(used)
+    except (ValueError, OverflowError):
         # New, or cut by a full /run.
         return 0.0, 0

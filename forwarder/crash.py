@@ -143,6 +143,10 @@ class Crash:
         environ: NUL-separated, cut. secure: "1" when it was started with more rights than its user has (AT_SECURE).
         """
         found: dict[str, bytes] = {}
+        if not self.pidfd_is_kernels:
+            # Who replaced the process within the second of its crash, and crashes himself, would pass for it: then what
+            # is told is only what the kernel gave as arguments.
+            return found
         for name in ("exe", "cwd"):
             try:
                 found[name] = os.readlink(name.encode(), dir_fd=self.task)[:4096]
