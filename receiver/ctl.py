@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import stat
@@ -42,6 +43,9 @@ class UsageProblem(Exception):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program. Returns its exit status."""
     found = _parser().parse_args(arguments)
+    # A terminal that cannot show a character is no reason to show nothing.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with quiet_pipe():
             path = found.store or load().store
@@ -49,12 +53,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 # Nothing has crashed here yet: the first crash makes the store.
                 return _show_list([], found)
             store = Store(path, create=False)
+            _recover(store)
             return int(found.run(store, found))
     except (UsageProblem, StoreError, ConfigError) as error:
         print(f"corepipectl: {error}", file=sys.stderr)
     except OSError as error:
         print(f"corepipectl: {error.filename or ''}: {error.strerror}", file=sys.stderr)
     return EXIT_FAILURE
+
+
+def _recover(store: Store) -> None:
+    """Finish what a receiver left that ended with its container; for who may not, it waits for the next receiver."""
+    if os.geteuid() == 0:
+        try:
+            store.recover()
+        except (OSError, StoreError):
+            # A read-only store, or one of another root's: what is visible is shown all the same.
+            pass
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -140,21 +155,20 @@ def _show_list(records: list[Record], found: argparse.Namespace) -> int:
     if not records:
         print("No crashes found.", file=sys.stderr)
         return EXIT_FAILURE
-    rows = [("TIME", "PID", "UID", "GID", "SIG", "CORE", "EXE", "SIZE", "ID")]
-    rows += [
-        (
+    rows: list[tuple[str, ...]] = [("TIME", "PID", "UID", "GID", "SIG", "CORE", "EXE", "SIZE", "ID")]
+    for record in records:
+        row = (
             record.timestamp.replace("T", " ").replace("Z", " UTC"),
-            str(record.pid),
-            str(record.uid),
-            str(record.gid),
+            record.pid,
+            record.uid,
+            record.gid,
             record.signal_name,
             record.core.state,
-            _shown(record.exe or record.comm),
+            record.exe or record.comm,
             _size(record.core.stored_bytes) if record.core.path else "-",
             record.id,
         )
-        for record in records
-    ]
+        rows.append(tuple(_shown(cell) for cell in row))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     right = {1, 2, 3, 7}
     for row in rows:
@@ -206,22 +220,41 @@ def _dump(store: Store, found: argparse.Namespace) -> int:
         raise UsageProblem("a core is not for a terminal. Write it to a file with -o FILE, or into a pipe")
     source = store.open_core(record)
     try:
-        if found.output is None:
-            target = os.dup(sys.stdout.fileno())
-        else:
-            # Not through a link that somebody else put there, and readable by nobody else: a core holds secrets.
-            target = os.open(found.output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        target = os.dup(sys.stdout.fileno()) if found.output is None else _open_output(found.output)
         try:
             size = _copy_plain(source, target, compressed=record.core.compression != "none")
         finally:
             os.close(target)
     finally:
         os.close(source)
+    if size != record.core.size_bytes:
+        # A frame that is cut is no error to zstandard.
+        raise UsageProblem(
+            f"the stored core is damaged: {size} of {record.core.size_bytes} bytes. What was written is all there is"
+        )
     if found.output is not None:
         print(f"{found.output}: {size} bytes, {record.core.state}", file=sys.stderr)
         if record.exe:
             print(f"Open it with: gdb {_shown(record.exe)} {found.output}", file=sys.stderr)
     return EXIT_OK
+
+
+def _open_output(path: str) -> int:
+    """Open a file for a core, which holds secrets: not through somebody's link, and for nobody else to read."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        found = os.fstat(fd)
+        if stat.S_ISREG(found.st_mode):
+            if found.st_uid != os.geteuid():
+                raise UsageProblem(
+                    f"{path}: belongs to uid {found.st_uid}, who could read the core. Remove it, or name another file"
+                )
+            os.fchmod(fd, 0o600)
+            os.ftruncate(fd, 0)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 def _newest_with_core(store: Store, match: str) -> Record:
@@ -231,7 +264,9 @@ def _newest_with_core(store: Store, match: str) -> Record:
         if record.core.path is not None:
             return record
     newest = _newest(store, match)
-    raise UsageProblem(f"crash {newest.id} has no core: {_shown(newest.core.reason or 'no reason is recorded')}")
+    raise UsageProblem(
+        f"crash {_shown(newest.id)} has no core: {_shown(newest.core.reason or 'no reason is recorded')}"
+    )
 
 
 def _copy_plain(source: int, target: int, *, compressed: bool) -> int:

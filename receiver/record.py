@@ -51,6 +51,7 @@ class Core:
 
     state: "stored" (whole), "reduced" (a part, see reason), "none" (see reason).
     path: of the file, absolute in the receiver's root. size_bytes: of the plain core. stored_bytes: on disk.
+    file_bytes: length of the file, which has holes when it is not compressed.
     """
 
     state: str = "none"
@@ -58,6 +59,7 @@ class Core:
     path: str | None = None
     size_bytes: int = 0
     stored_bytes: int = 0
+    file_bytes: int = 0
     compression: str | None = None
 
 

@@ -136,7 +136,7 @@ class Store:
         except FileNotFoundError:
             pass
 
-    def _write(self, name: str, data: bytes, *, readers: int | None = None) -> None:
+    def _write(self, name: str, data: bytes, *, readers: int | None = None, sync: bool = True) -> None:
         """Write a file whole, or not at all under its name.
 
         Call it with the lock held: what it leaves when it is killed, `recover` clears away under the lock.
@@ -147,7 +147,8 @@ class Store:
         try:
             write_all(fd, data)
             publish_mode(fd, readers)
-            os.fsync(fd)
+            if sync:
+                os.fsync(fd)
         except BaseException:
             self._unlink(temporary)
             raise
@@ -380,7 +381,9 @@ class Store:
         recorded = True
         final = self._read_final(owner) if f".{owner}.final" in names else None
         if final is not None:
+            self._sync(f".{owner}.final")
             if f".{owner}.core" in names and final.core.path is not None:
+                self._sync(f".{owner}.core")
                 self._publish(f".{owner}.core", owner + CORE_SUFFIXES[final.core.compression or "none"])
             os.rename(f".{owner}.final", f"{owner}.json", src_dir_fd=self.directory, dst_dir_fd=self.directory)
         elif f"{owner}.json" not in names:
@@ -395,13 +398,31 @@ class Store:
         os.fsync(self.directory)
         return recorded
 
+    def _sync(self, name: str) -> None:
+        fd = self._open(name, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
     def _read_final(self, owner: str) -> Record | None:
         """Return a final record that this version can act on. Raises OSError."""
         try:
             final = self._read(f".{owner}.final")
         except ValueError:
             return None
-        return final if (final.core.compression or "none") in CORE_SUFFIXES else None
+        if (final.core.compression or "none") not in CORE_SUFFIXES:
+            return None
+        if final.core.path is not None:
+            try:
+                found = os.stat(f".{owner}.core", dir_fd=self.directory, follow_symlinks=False)
+                # The power went before the file was on the disk: it was sealed without a sync.
+                if found.st_size != final.core.file_bytes:
+                    return None
+            except FileNotFoundError:
+                # It has its visible name already.
+                pass
+        return final
 
     def _publish(self, name: str, target: str) -> None:
         """Give a file its visible name, again if need be. Raises OSError when that is another file's."""
@@ -426,6 +447,7 @@ class Entry:
         self.record = record
         self._lock = lock
         self._room = 0
+        self._sealed = False
         self.core = -1
 
     def open_core(self) -> int:
@@ -455,10 +477,13 @@ class Entry:
                 os.close(fd)
             self._room = wanted
 
-    def finish(self, *, readers: int | None = None) -> None:
-        """Make the core (when record.core.state says that there is one) and the record visible. Raises OSError.
+    def seal(self, *, readers: int | None = None) -> None:
+        """Complete the crash, short of syncing and of showing it: who finds it now finishes it. Raises OSError.
 
-        readers: a uid who may read both, besides root.
+        To be called before the crashed process is let go. It may be its container's main program, and then the
+        container ends with it, and the kernel kills everybody here.
+
+        readers: a uid who may read core and record, besides root.
         """
         record = self.record
         if record.core.state == "none":
@@ -467,14 +492,26 @@ class Entry:
             record.core.path = None
         else:
             publish_mode(self.core, readers)
-            os.fsync(self.core)
-            record.core.stored_bytes = os.fstat(self.core).st_blocks * 512
+            found = os.fstat(self.core)
+            record.core.stored_bytes = found.st_blocks * 512
+            record.core.file_bytes = found.st_size
             suffix = CORE_SUFFIXES[record.core.compression or "none"]
             record.core.path = os.path.join(self.store.path, record.id + suffix)
-            self._close_core()
         with self.store.locked():
-            self.store._write(f".{record.id}.final", record.dumps(), readers=readers)  # noqa: SLF001
-            self.store._roll(record.id)  # noqa: SLF001
+            name = f".{record.id}.final"
+            self.store._write(name, record.dumps(), readers=readers, sync=False)  # noqa: SLF001
+        self._sealed = True
+
+    def finish(self, *, readers: int | None = None) -> None:
+        """Make the core (when record.core.state says that there is one) and the record visible. Raises OSError.
+
+        readers: as for `seal`, which is done here when it has not been.
+        """
+        if not self._sealed:
+            self.seal(readers=readers)
+        self._close_core()
+        with self.store.locked():
+            self.store._roll(self.record.id)  # noqa: SLF001
         self._close_lock()
 
     def _close_core(self) -> None:

@@ -34,11 +34,15 @@ class Unwanted(Exception):
 
 @dataclass(slots=True)
 class Offered:
-    """An offer that was looked at: its record so far, and what else it says."""
+    """An offer that was looked at: its record so far, and what else it says.
+
+    core_limit: bytes, UNLIMITED for none. begun: time.monotonic(). reader: the uid that may read the core besides root.
+    """
 
     record: Record
     core_limit: int
-    may_read: bool
+    begun: float
+    reader: int | None
 
 
 def open_store(config: Config) -> Store:
@@ -127,13 +131,14 @@ def look_at(offer: Message, config: Config) -> Offered:
     record.own_tid = offer.number("own_tid", 0) or None
     record.tried = [printable(line) for line in offer.fields.get("tried", b"").splitlines()[:16]]
     record.host_name = os.uname().nodename
-    offered = Offered(record, offer.number("core_limit", UNLIMITED), may_read=False)
+    offered = Offered(record, offer.number("core_limit", UNLIMITED), time.monotonic(), None)
     secret = re.compile(config.secret_pattern, re.IGNORECASE)
     secure = _look_at_process(record, secret) if process.pid and thread.pid else None
     _fill_in(record, offer, secret)
     if secure is None:
         secure = offer.fields.get("secure") != b"0"
-    offered.may_read = user_may_read(record, secure=secure)
+    if user_may_read(record, secure=secure):
+        offered.reader = record.uid
     return offered
 
 
@@ -174,13 +179,13 @@ def _keep(channel: Channel, config: Config, store: Store, offered: Offered, begu
     try:
         if offered.core_limit == 0:
             record.core = Core(reason="the soft core limit (ulimit -c) of the process is 0")
+            entry.seal(readers=offered.reader)
             _accept(channel, protocol.WANT_RECORD, deadline)
         else:
             _accept(channel, protocol.WANT_CORE, deadline)
             _receive(channel, config, entry, offered, deadline)
-        record.seconds = round(time.monotonic() - begun, 6)
         _tell(channel, record, config)
-        entry.finish(readers=record.uid if offered.may_read else None)
+        entry.finish(readers=offered.reader)
     except Exception as error:
         # Whatever it was: no core, and a record that says why.
         _finish_without_core(entry, f"the core could not be kept: {str(error) or type(error).__name__}", offered)
@@ -193,7 +198,7 @@ def _keep(channel: Channel, config: Config, store: Store, offered: Offered, begu
 def _finish_without_core(entry: Entry, reason: str, offered: Offered) -> None:
     entry.record.core = Core(reason=reason, size_bytes=entry.record.core.size_bytes)
     try:
-        entry.finish(readers=entry.record.uid if offered.may_read else None)
+        entry.finish(readers=offered.reader)
     except (OSError, StoreError) as error:
         # The pending record stands: the next start makes it visible.
         log(f"crash {entry.record.id}: {reason}; and its record could not be finished: {error}", error=True)
@@ -218,6 +223,8 @@ def _receive(channel: Channel, config: Config, entry: Entry, offered: Offered, d
         protocol.close_all(descriptors[1:])
         del descriptors[1:]
         _capture(descriptors[0], config, entry, offered)
+        entry.record.seconds = round(time.monotonic() - offered.begun, 6)
+        entry.seal(readers=offered.reader)
     finally:
         # The crashed process waits for this.
         protocol.close_all(descriptors)

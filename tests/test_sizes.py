@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.support import processes
-from tests.support.containers import PlainContainer, SystemdContainer
+from tests.support.containers import Host, PlainContainer, SystemdContainer
 from tests.support.crash import compile_crasher, crash
 from tests.support.receivers import (
+    BIN,
+    SOCKET,
     Forwarder,
     dump,
     forwarder_installed,
     gdb,
+    list_records,
     prepare_units,
     resident,
     wait_for_records,
@@ -174,3 +177,30 @@ def command_line(pid: int) -> bytes:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
         return b""
+
+
+@pytest.mark.usefixtures("forwarder")
+@pytest.mark.parametrize("size", [1, 64])
+def test_a_container_that_ends_with_its_main_program(tmp_path: Path, size: int) -> None:
+    """The crash ends pid 1, and with it the receiver, as soon as the process is let go: its core is there."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def prepare(directory: str) -> None:
+        os.makedirs(f"{directory}/disk")
+        subprocess.run(["mount", "--bind", str(disk), f"{directory}/disk"], check=True)
+
+    receiver = f"{BIN}/core-pipe-receiver --listen {SOCKET}"
+    script = (
+        f"CORE_PIPE_STORE=/disk/store CORE_PIPE_STORE_MAX=off CORE_PIPE_KEEP_FREE=off {receiver} & "
+        f"while [ ! -S {SOCKET} ]; do sleep 0.05; done; "
+        f"{compile_crasher('crash')} SEGV --fill {size << 20} random; exit 1"
+    )
+    with PlainContainer(prepare=prepare, init=["sh", "-c", script]) as container:
+        wait_until(lambda: not os.path.exists(f"/proc/{container.init_pid}/root/bin"), 60, "the container ended")
+    with Host() as host:
+        records = list_records(host, str(disk / "store"))
+        assert [record["core"]["state"] for record in records] == ["stored"]
+        core = dump(host, records[0]["id"], tmp_path / "core", str(disk / "store"))
+        assert core.stat().st_size == records[0]["core"]["size_bytes"] > size << 20
+    assert sorted(name for name in os.listdir(disk / "store") if name[0] == ".") == [".lock"]
