@@ -31,6 +31,8 @@ pytestmark = pytest.mark.kernel
 
 # Holds the dump: the kernel waits until the helper closes the pipe, and it never reads.
 HOLDER = "|/usr/bin/sleep 600"
+# H13: who splits stat or status at the first ")" or at spaces reads numbers of the victim's choice (CVE-2021-25682).
+NAME = b"v) R 1 1 1 (\nx"
 SECRET = "COLOUR=the-impostor-is-red"
 MOST_CALLS = 400
 
@@ -57,7 +59,7 @@ class Victim:
 
     def __init__(self, container: PlainContainer) -> None:
         self.process = subprocess.Popen(
-            ["nsenter", "-t", str(container.init_pid), "-m", compile_crasher("crash"), "SEGV", "--comm", "victim"],
+            ["nsenter", "-t", str(container.init_pid), "-m", compile_crasher("crash"), "SEGV", "--comm", NAME],
             env={"COLOUR": "the-victim-is-blue"},
         )
         self.pid = self.process.pid
@@ -178,7 +180,7 @@ def test_a_replacement_before_every_call(
             total = calls.count
     finally:
         victim.end()
-    assert crash.comm == b"victim"
+    assert crash.comm == NAME
     if kernels_pidfd:
         assert b"the-victim-is-blue" in facts["environ"]
     assert 10 < total < MOST_CALLS
@@ -194,7 +196,7 @@ def test_a_replacement_before_every_call(
                 except (Unidentified, OSError):
                     outcomes["refused"] += 1
                     continue
-            assert crash.comm == b"victim", f"call {at}"
+            assert crash.comm == NAME, f"call {at}"
             assert SECRET.encode() not in facts.get("environ", b""), f"call {at}"
             assert found == places, f"call {at}"
             outcomes["the victim's"] += 1

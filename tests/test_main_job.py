@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import os
+import secrets
 import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.support.cgroups import hierarchies
 from tests.support.containers import Container, Host, PlainContainer, PodmanContainer, SystemdContainer
-from tests.support.crash import compile_crasher, crash
+from tests.support.crash import compile_crasher, crash, start_crash
 from tests.support.crashers import known_sha256
 from tests.support.receivers import (
     STORE,
@@ -26,7 +31,6 @@ from tests.support.receivers import (
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 MIB = 1 << 20
 FILL = 100 * MIB
@@ -103,3 +107,30 @@ def test_host_process(forwarder: Forwarder, tmp_path: Path) -> None:
         check(host, forwarder, forwarder.store, tmp_path)
     shutil.rmtree(forwarder.store)
     assert not os.path.exists(STORE)
+
+
+@pytest.mark.kernel
+@pytest.mark.usefixtures("forwarder")
+def test_a_container_below_system_slice() -> None:
+    """H4: Apport took cgroups named system.slice/docker-*.scope for the host's. What counts is namespaces."""
+    name = f"system.slice/docker-{secrets.token_hex(32)}.scope"
+    with PlainContainer() as container, resident(container), contextlib.ExitStack() as stack:
+        crashing = stack.enter_context(start_crash(container, "SEGV", "--wait"))
+        for hierarchy in hierarchies().values():
+            directory = os.path.join(hierarchy, name)
+            parent = os.path.dirname(directory)
+            if not os.path.exists(parent):
+                os.mkdir(parent)
+                stack.callback(os.rmdir, parent)
+            os.mkdir(directory)
+            stack.callback(os.rmdir, directory)
+            try:
+                Path(directory, "cgroup.procs").write_text(str(crashing.host_pid), encoding="ascii")
+            except OSError as error:
+                # cpuset wants its processors named first, a threaded hierarchy wants no processes: others remain.
+                assert error.errno in (errno.ENOSPC, errno.EOPNOTSUPP)
+        assert name in Path(f"/proc/{crashing.host_pid}/cgroup").read_text(encoding="utf-8")
+        crashing.go()
+        found = crashing.result()
+        assert found.core_dumped
+        assert wait_for_records(container)[-1]["pid"] == found.pid

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from typing import TYPE_CHECKING
 
@@ -73,3 +74,15 @@ def test_core_limit_that_is_too_small_leaves_a_record(container: PlainContainer)
     assert record["core"]["state"] == "none"
     assert "more than 100000 (soft core limit" in record["core"]["reason"]
     assert record["core"]["size_bytes"] > 1 << 20
+
+
+def test_a_huge_environment_and_thousands_of_open_files(container: PlainContainer) -> None:
+    """H22: a message that grew with the process was too large to send, and the crash was lost."""
+    before = len(list_records(container))
+    hoarder = "import os,sys; [os.dup(0) for _ in range(1000)]; os.execv(sys.argv[1], [sys.argv[1], 'SEGV'])"
+    large = {f"VARIABLE_{number}": "x" * 100_000 for number in range(15)}
+    process = container.popen(["python3", "-c", hoarder, compile_crasher("crash")], env=large)
+    assert os.WCOREDUMP(process.reaped(60)["status"])
+    record = wait_for_records(container, before + 1)[-1]
+    assert record["core"]["state"] == "stored"
+    assert len(str(record["environment"])) < 100_000
