@@ -1,8 +1,8 @@
 """Take each defence out, one at a time, and see its test go red: `make test-defences`.
 
-A regression test that passes without its defence shows nothing. Each row names a hole (H1 to H23 of docs/security.md) or
-a promise, the lines that close it, what they are replaced with, and the tests that must then fail. The files are changed
-in place and put back, so the tree must be clean. About ten minutes.
+A regression test that passes without its defence shows nothing. Each row names a hole (H1 to H23 of docs/security.md)
+or a promise, the lines that close it, what they are replaced with, and the tests that must then fail. The files are
+changed in place and put back, so the tree must be clean. About ten minutes.
 """
 
 from __future__ import annotations
