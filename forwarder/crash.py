@@ -124,7 +124,6 @@ class Crash:
             status = self.read("status", 16384)
         except OSError as error:
             raise Unidentified(f"process {self.pid}, thread {self.tid} is gone ({error.strerror})") from None
-        # A name cannot forge a line here: the kernel escapes newlines in "Name:".
         if namespaces.status_value(status, b"Tgid") != [b"%d" % self.pid]:
             raise Unidentified(f"thread {self.tid} is not one of process {self.pid}")
         # Since 4.15 (c643401218be). It is the mm's, so it holds for each thread.

@@ -79,7 +79,8 @@ def find_socket(root: int) -> int:
     """
     try:
         directory = os.open(DIRECTORY, os.O_PATH | os.O_NOFOLLOW | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=root)
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
+        # ESRCH: the root is the proc directory of a process that is no more, as Chrome's sandbox has it (H20).
         raise Absent(f"there is no /{DIRECTORY}") from None
     except OSError as error:
         # ENOTDIR is what a symlink gives here.
