@@ -14,8 +14,11 @@ from receiver.auxv import is_secure
 # The names stand in core_pattern (`forwarder/install.py`), each with the kernel's specifier of the same letter.
 ARGUMENTS = frozenset(("v", "P", "I", "p", "i", "s", "t", "c", "d", "u", "g", "F"))
 UNLIMITED = (1 << 64) - 1
+# The line "Groups:" alone has up to 65536 numbers of ten digits (NGROUPS_MAX), and what we look for comes after it.
+MAX_STATUS = 1 << 20
 # Bytes of the environment in an offer, which has at most 64 KiB in all (receiver/protocol.py).
 MAX_ENVIRONMENT = 32768
+MAX_ARGUMENTS = 16384
 
 
 class Unidentified(Exception):
@@ -121,7 +124,7 @@ class Crash:
         if pid != self.pid:
             raise Unidentified(f"process {self.pid} has ended")
         try:
-            status = self.read("status", 16384)
+            status = self.read("status", MAX_STATUS)
         except OSError as error:
             raise Unidentified(f"process {self.pid}, thread {self.tid} is gone ({error.strerror})") from None
         if namespaces.status_value(status, b"Tgid") != [b"%d" % self.pid]:
@@ -139,7 +142,9 @@ class Crash:
 
         In a container without CAP_SYS_PTRACE (Docker's and Podman's default) not even its root may look into another
         user's process. exe, cwd: as the container names them (d_path() ends at the root of their own mount namespace).
-        environ: NUL-separated, cut. secure: "1" when it was started with more rights than its user has (AT_SECURE).
+        cmdline, environ: NUL-separated, cut. To read these two is to read the process's memory, which may lie on a file
+        system that hangs: `forwarder/apart.py`. secure: "1" when it was started with more rights than its user has
+        (AT_SECURE).
         """
         found: dict[str, bytes] = {}
         if not self.pidfd_is_kernels:
@@ -152,6 +157,7 @@ class Crash:
             except OSError:
                 pass
         try:
+            found["cmdline"] = self.read("cmdline", MAX_ARGUMENTS)
             found["environ"] = self.read("environ", MAX_ENVIRONMENT)
             found["secure"] = b"1" if is_secure(self.read("auxv", 4096)) else b"0"
         except OSError:

@@ -70,7 +70,6 @@ class Handoff:
         self.stall_seconds = stall_seconds
         # Who was asked and did not take it, and why: one line each.
         self.tried: list[str] = []
-        self._facts: dict[str, bytes] | None = None
 
     def close(self) -> None:
         """Let go of the core. When it was not passed, the kernel's next write fails and the dump ends."""
@@ -91,7 +90,7 @@ class Handoff:
             channel = route.open(place, deadline)
             try:
                 try:
-                    wants_core = self._offer(channel, deadline)
+                    wants_core = self._offer(channel, deadline, route.facts or {})
                 except (PeerGone, ConnectionError):
                     # Nothing was passed yet.
                     if time.monotonic() + pause >= busy:
@@ -108,12 +107,10 @@ class Handoff:
             finally:
                 channel.close()
 
-    def _offer(self, channel: Channel, deadline: float) -> bool:
+    def _offer(self, channel: Channel, deadline: float, facts: dict[str, bytes]) -> bool:
         """Return whether the receiver wants the core. Raises Refused, and ConnectionError when it hangs up."""
         crash = self.crash
         # The last look before a stranger learns anything: the facts are of the process that crashed.
-        if self._facts is None:
-            self._facts = crash.facts()
         crash.verify()
         fields = {
             "version": b"%d" % VERSION,
@@ -124,7 +121,7 @@ class Handoff:
             "own_pid": b"%d" % crash.own_pid,
             "own_tid": b"%d" % crash.own_tid,
             "comm": crash.comm,
-            **self._facts,
+            **facts,
         }
         if self.tried:
             fields["tried"] = "\n".join(self.tried).encode("ascii", "backslashreplace")[:4096]

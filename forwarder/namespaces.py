@@ -120,7 +120,7 @@ def init_of(pid_namespace: int) -> int | None:
         directory = -1
         try:
             directory = os.open(f"/proc/{name}", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-            words = status_value(read_at(directory, "status", 16384), b"NSpid")
+            words = status_value(read_at(directory, "status", 1 << 20), b"NSpid")
             if words and words[-1] == b"1" and identity_of(directory, "pid") == wanted:
                 return directory
         except OSError:

@@ -31,25 +31,27 @@ class Absent(Refused):
 
 
 class Place:
-    """A root directory in which a receiver's socket may stand. Owns its descriptors.
+    """A root directory in which a receiver's socket may stand. Owns its descriptor.
 
-    root: the directory, O_PATH. pid_ns, mnt_ns, owner: the identities of the namespaces whose root it is, and of the
-    user namespace that owns the mount namespace. is_host: the host's own.
+    process: proc directory of a process that has this root. root_path: that root as /proc names it, for comparing.
+    pid_ns, mnt_ns: the process's namespaces. owner: the user namespace that owns the mount namespace. is_host: the
+    host's own. Making one touches no file system of the container's: whatever is mounted there, it cannot hang.
     """
 
-    __slots__ = ("is_host", "mnt_ns", "name", "owner", "pid_ns", "root")
+    __slots__ = ("is_host", "mnt_ns", "name", "owner", "pid_ns", "process", "root_path")
 
     def __init__(self, name: str, directory: str | int, *, is_host: bool = False) -> None:
         """Take the root and namespaces of a process. directory: its proc directory. Raises OSError."""
         self.name = name
         self.is_host = is_host
-        opened = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC) if isinstance(directory, str) else -1
-        process = directory if isinstance(directory, int) else opened
-        self.root = -1
+        if isinstance(directory, str):
+            self.process = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        else:
+            self.process = os.dup(directory)
         try:
-            self.root = os.open("root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=process)
-            self.pid_ns = namespaces.identity_of(process, "pid")
-            mnt_ns = namespaces.open_namespace(process, "mnt")
+            self.root_path = os.readlink(b"root", dir_fd=self.process)
+            self.pid_ns = namespaces.identity_of(self.process, "pid")
+            mnt_ns = namespaces.open_namespace(self.process, "mnt")
             try:
                 self.mnt_ns = namespaces.identity(mnt_ns)
                 self.owner = namespaces.owner_of(mnt_ns)
@@ -58,17 +60,25 @@ class Place:
         except BaseException:
             self.close()
             raise
-        finally:
-            if opened >= 0:
-                os.close(opened)
 
     def close(self) -> None:
-        if self.root >= 0:
-            os.close(self.root)
-            self.root = -1
+        if self.process >= 0:
+            os.close(self.process)
+            self.process = -1
 
     def same_as(self, other: Place) -> bool:
-        return self.mnt_ns == other.mnt_ns and os.path.samestat(os.fstat(self.root), os.fstat(other.root))
+        return self.mnt_ns == other.mnt_ns and self.root_path == other.root_path
+
+    def find_socket(self) -> int:
+        """Return an O_PATH descriptor of the socket below this root. Raises Absent, Refused."""
+        try:
+            root = os.open("root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.process)
+        except OSError as error:
+            raise Absent(f"its root is gone ({error.strerror})") from None
+        try:
+            return find_socket(root)
+        finally:
+            os.close(root)
 
 
 def find_socket(root: int) -> int:
@@ -99,14 +109,28 @@ def find_socket(root: int) -> int:
     return sock
 
 
-def connect(place: Place, deadline: float) -> tuple[Channel, os.stat_result]:
-    """Return a connection to the socket of a place, and what fstat says of that socket. Raises Absent, Refused.
+class Found:
+    """A connection to the socket of a place, and what fstat says of the socket's file: uid (ours) and mode."""
+
+    __slots__ = ("channel", "mode", "uid")
+
+    def __init__(self, channel: Channel, uid: int, mode: int) -> None:
+        self.channel = channel
+        self.uid = uid
+        self.mode = mode
+
+
+def connect(place: Place, deadline: float, other_than: os.stat_result | None = None) -> Found:
+    """Return a connection to the socket of a place. Raises Absent, Refused.
 
     deadline: on time.monotonic(). A listener whose backlog is full makes connect(2) wait (H1: for ever, in Apport).
+    other_than: a socket that is absent here, whatever name it has.
     """
-    path = find_socket(place.root)
+    path = place.find_socket()
     try:
         found = os.fstat(path)
+        if other_than is not None and os.path.samestat(found, other_than):
+            raise Absent("its socket is the host's own")
         sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
         try:
             left = deadline - time.monotonic()
@@ -127,14 +151,13 @@ def connect(place: Place, deadline: float) -> tuple[Channel, os.stat_result]:
         except BaseException:
             sock.close()
             raise
-        return Channel(sock), found
+        return Found(Channel(sock), found.st_uid, found.st_mode)
     finally:
         os.close(path)
 
 
 def check_listener(
-    channel: Channel,
-    found: os.stat_result,
+    found: Found,
     place: Place,
     host: Place,
     enclosing: list[namespaces.Identity],
@@ -144,11 +167,12 @@ def check_listener(
 
     It is the listener that is judged, not the path: who called listen(2), for a systemd socket the container's systemd.
 
-    found: fstat of the socket's file. enclosing: the crashed process's pid namespace and those around it, without the
+    enclosing: the crashed process's pid namespace and those around it, without the
     host's. owners: its user namespace and those around it.
 
     Raises Refused.
     """
+    channel = found.channel
     peer = channel.peer()
     if peer.pid <= 0:
         raise Refused("its listener is not visible from the host")
@@ -178,7 +202,7 @@ def check_listener(
         raise Refused("its listener is not inside it")
     if user_ns not in owners:
         raise Refused("its listener's user namespace does not own the process")
-    if root is None or found.st_uid != root or peer.uid != root:
+    if root is None or found.uid != root or peer.uid != root:
         raise Refused("its socket and listener are not both its root's")
-    if found.st_mode & 0o022:
-        raise Refused(f"its socket may be connected by others than its root (mode {found.st_mode & 0o7777:04o})")
+    if found.mode & 0o022:
+        raise Refused(f"its socket may be connected by others than its root (mode {found.mode & 0o7777:04o})")

@@ -9,17 +9,19 @@ Import budget: on the stub's start-up path, see `forwarder/stub.py`.
 
 from __future__ import annotations
 
+import _socket
 import os
+import time
 
-from forwarder import namespaces
-from forwarder.rendezvous import Absent, Place, Refused, check_listener, connect, find_socket
+from forwarder import apart, namespaces
+from forwarder.rendezvous import Absent, Found, Place, Refused, check_listener, connect
+from receiver.protocol import Channel
 
 TYPE_CHECKING = False  # typing's own would cost the stub four milliseconds
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from forwarder.crash import Crash
-    from receiver.protocol import Channel
 
 DUMPABLE_BY_USER = 1
 
@@ -30,8 +32,19 @@ class Route:
     Raises OSError when the process is gone.
     """
 
-    def __init__(self, crash: Crash) -> None:
+    def __init__(self, crash: Crash, *, seconds: float, let_go: tuple[int, ...] = ()) -> None:
+        """Find out where the process lives. seconds: how long its file systems may take to answer.
+
+        let_go: descriptors that a process which touches them must not hold: the core.
+        """
         self.crash = crash
+        self.seconds = seconds
+        self.let_go = (*let_go, crash.pidfd)
+        # What the first look brought along; None before it.
+        self.facts: dict[str, bytes] | None = None
+        self._foreign: str | None = None
+        # Whether a process was left behind, see `forwarder/apart.py`.
+        self.stuck = False
         self.host = Place("host", "/proc/self", is_host=True)
         pid_ns = namespaces.open_namespace(crash.task, "pid")
         user_ns = namespaces.open_namespace(crash.task, "user")
@@ -108,13 +121,24 @@ class Route:
             return None
         if not self.crash.pidfd_is_kernels:
             return "it is not dumpable by its user, and this kernel gives no pidfd to be sure of it"
+        if self._foreign is None:
+            self._foreign = self._why_foreign()
+        return self._foreign or None
+
+    def _why_foreign(self) -> str:
+        """Return why the program is not the container's, empty when it is."""
+
+        def owner() -> apart.Answer:
+            return {"uid": b"%d" % os.stat("exe", dir_fd=self.crash.task).st_uid}, None
+
         try:
-            owner = os.stat("exe", dir_fd=self.crash.task).st_uid
-            if not namespaces.is_mapped(self.crash.task, owner):
-                return "it is not dumpable by its user, and its program belongs to somebody outside its user namespace"
-        except OSError as error:
-            return f"it is not dumpable by its user, and its program cannot be examined ({error.strerror})"
-        return None
+            answer = apart.ask(owner, time.monotonic() + self.seconds, self.let_go)
+            if namespaces.is_mapped(self.crash.task, answer.number("uid")):
+                return ""
+        except (apart.Stuck, OSError, ValueError) as error:
+            self.stuck = self.stuck or isinstance(error, apart.Stuck)
+            return "it is not dumpable by its user, and its program cannot be examined"
+        return "it is not dumpable by its user, and its program belongs to somebody outside its user namespace"
 
     def open(self, place: Place, deadline: float) -> Channel:
         """Return a connection to the receiver of a place. Raises Absent, Refused.
@@ -123,30 +147,58 @@ class Route:
         """
         if place.owner not in self.owners:
             raise Refused("its mount namespace's owner does not own the process")
-        if not place.is_host and self._is_hosts(place):
-            raise Absent("its socket is the host's own")
-        channel, found = connect(place, deadline)
+        found = self._reach(place, deadline)
         try:
-            check_listener(channel, found, place, self.host, self.enclosing, self.owners)
+            check_listener(found, place, self.host, self.enclosing, self.owners)
         except BaseException:
-            channel.close()
+            found.channel.close()
             raise
-        return channel
+        return found.channel
 
-    def _is_hosts(self, place: Place) -> bool:
-        """Whether the socket is the host's, as in services with a private mount namespace.
+    def _reach(self, place: Place, deadline: float) -> Found:
+        """Connect to a container's socket from a process apart, which brings the facts of the crash along.
 
-        It saves the host's receiver a call that would be hung up on; nothing rests on it.
+        Raises Absent, Refused.
+        """
+        hosts = None if place.is_host else self._hosts_socket()
+
+        def reach() -> apart.Answer:
+            facts = {} if self.facts is not None else self.crash.facts()
+            facts = {f"fact_{name}": value for name, value in facts.items()}
+            try:
+                found = connect(place, deadline, other_than=hosts)
+            except Absent as absent:
+                return {"absent": str(absent).encode(), **facts}, None
+            except Refused as refused:
+                return {"refused": str(refused).encode(), **facts}, None
+            return {"uid": b"%d" % found.uid, "mode": b"%d" % found.mode, **facts}, found.channel.detach()
+
+        try:
+            answer = apart.ask(reach, deadline, self.let_go)
+        except apart.Stuck as stuck:
+            self.stuck = True
+            # The next child shall not read what this one may be stuck at.
+            self.facts = self.facts or {}
+            raise Refused(str(stuck)) from None
+        if self.facts is None:
+            self.facts = {name[5:]: value for name, value in answer.fields.items() if name.startswith("fact_")}
+        if "absent" in answer.fields:
+            raise Absent(answer.fields["absent"].decode())
+        if "refused" in answer.fields or len(answer.descriptors) != 1:
+            raise Refused(answer.fields.get("refused", b"its socket cannot be connected").decode())
+        sock = _socket.socket(fileno=answer.take()[0])
+        return Found(Channel(sock), answer.number("uid"), answer.number("mode"))
+
+    def _hosts_socket(self) -> os.stat_result | None:
+        """Return the host's own socket, which services with a private mount namespace see in their own root.
+
+        Knowing it saves the host's receiver a call that would be hung up on; nothing rests on it.
         """
         try:
-            ours = find_socket(self.host.root)
+            path = self.host.find_socket()
         except Refused:
-            return False
+            return None
         try:
-            theirs = find_socket(place.root)
-            try:
-                return os.path.samestat(os.fstat(ours), os.fstat(theirs))
-            finally:
-                os.close(theirs)
+            return os.fstat(path)
         finally:
-            os.close(ours)
+            os.close(path)

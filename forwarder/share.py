@@ -137,14 +137,17 @@ class Share:
                     pass
             os.close(fd)
 
-    def close(self) -> None:
-        if self._fd >= 0:
+    def close(self, *, keep: bool = False) -> None:
+        """Give the share back. keep: a child that is stuck has inherited its lock, and counts until it ends."""
+        if self._fd < 0:
+            return
+        if not keep:
             try:
                 os.unlink(f"{self._directory}/{self._entry}")
             except OSError:
                 pass
-            os.close(self._fd)
-            self._fd = -1
+        os.close(self._fd)
+        self._fd = -1
 
 
 def _is_free(limit: int, mine: int, others: int) -> bool:

@@ -4,7 +4,8 @@ Import budget
 -------------
 The kernel starts a Python for each crash, so each import here is paid by a process that waits in the kernel. Allowed on
 this path, and held by tests/test_stub.py: the interpreter's built-in modules (_signal, _socket, _struct, errno, fcntl,
-select, time), os with what it brings, and forwarder.{stub,crash,share,namespaces,rendezvous,route,handoff} and
+select, time), os with what it brings, and forwarder.{stub,apart,crash,share,namespaces,rendezvous,route,handoff}
+and
 receiver.{auxv,protocol}. No typing, no socket, no json, no logging, no dataclasses, no third-party package. What is
 rare (a crash that nobody takes) is imported where it is needed.
 
@@ -50,12 +51,7 @@ def main(settings: Mapping[str, object], arguments: list[str] | None = None) -> 
     try:
         crash = Crash(parse(sys.argv[1:] if arguments is None else arguments))
         crash.identify()
-        share = Share(crash.key)
-        reason = share.take()
-        try:
-            reason = reason or _bring(crash, settings, tried)
-        finally:
-            share.close()
+        reason = _bring(crash, settings, tried)
     except (ValueError, Unidentified) as error:
         reason = str(error)
     except Exception as error:
@@ -73,15 +69,20 @@ def main(settings: Mapping[str, object], arguments: list[str] | None = None) -> 
 
 def _bring(crash: Crash, settings: Mapping[str, object], tried: list[str]) -> str | None:
     """Return None when a receiver had it, else why none had."""
+    share = Share(crash.key)
+    over = share.take()
+    if over is not None:
+        return over
+    connect_seconds = float(str(settings.get("connect_seconds", 10.0)))
     handoff = Handoff(
         crash,
         CORE,
-        connect_seconds=float(str(settings.get("connect_seconds", 10.0))),
+        connect_seconds=connect_seconds,
         busy_seconds=float(str(settings.get("busy_seconds", 30.0))),
         stall_seconds=float(str(settings.get("stall_seconds", 60.0))),
     )
     handoff.tried = tried
-    route = Route(crash)
+    route = Route(crash, seconds=connect_seconds, let_go=(CORE,))
     try:
         kept_on_host = route.host_only_because()
         if kept_on_host is not None and route.is_container:
@@ -101,3 +102,4 @@ def _bring(crash: Crash, settings: Mapping[str, object], tried: list[str]) -> st
     finally:
         handoff.close()
         route.close()
+        share.close(keep=route.stuck)

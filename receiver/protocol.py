@@ -223,6 +223,10 @@ class Channel:
     def close(self) -> None:
         self._sock.close()
 
+    def detach(self) -> int:
+        """Make the caller the owner of the socket's descriptor."""
+        return self._sock.detach()
+
     def send(
         self,
         kind: int,

@@ -147,7 +147,7 @@ def look(victim: Victim, *, kernels_pidfd: bool, crashed: int) -> tuple[Crash, d
         crash.pidfd, crash.pidfd_is_kernels = os.dup(victim.pidfd), True
     try:
         crash.identify()
-        route = Route(crash)
+        route = Route(crash, seconds=5)
         try:
             places: list[Any] = [(place.name, place.mnt_ns, place.pid_ns, place.owner) for place in route.places()]
             places.append((route.owners, route.enclosing, route.is_container))

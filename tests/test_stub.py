@@ -28,6 +28,7 @@ BUDGET = {
     "select",
     "time",
     "forwarder",
+    "forwarder.apart",
     "forwarder.crash",
     "forwarder.handoff",
     "forwarder.namespaces",

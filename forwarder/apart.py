@@ -1,0 +1,78 @@
+"""Touch a container's file systems and memory in a process of its own, which may hang without holding anything.
+
+A path below a container's root may lie on FUSE, a page of memory too, and a server that has taken a request and never
+answers cannot be interrupted: fs/fuse/dev.c waits it out, SIGKILL or not. Anyone who may make a user namespace may
+mount one. So a child does these things. It holds neither the core nor a pidfd, and when it does not come back in time
+it is left behind, and stays in its container's count (`forwarder/share.py`): the crash goes on without it.
+
+Import budget: on the stub's start-up path, see `forwarder/stub.py`.
+"""
+
+from __future__ import annotations
+
+import _socket
+import os
+import time
+
+from receiver.protocol import DONE, Channel, PeerGone, ProtocolError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from receiver.protocol import Message
+
+    # Fields, and a descriptor to pass on.
+    Answer = tuple[dict[str, bytes], int | None]
+
+# Beyond the deadline that the child has for itself: its own word on what went wrong comes first.
+GRACE_SECONDS = 0.5
+
+
+class Stuck(Exception):
+    """The child did not come back."""
+
+
+def ask(work: Callable[[], Answer], deadline: float, let_go: Iterable[int]) -> Message:
+    """Have a child do some work, and return its answer; the caller owns the descriptor in it.
+
+    deadline: on time.monotonic(). let_go: descriptors that the child must not hold.
+
+    Raises Stuck. What `work` raises is the child's end, and Stuck here.
+    """
+    ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
+    pid = os.fork()
+    if pid == 0:
+        _be_the_child(work, theirs, ours, deadline, let_go)
+    theirs.close()
+    channel = Channel(ours)
+    try:
+        message = channel.receive(deadline + GRACE_SECONDS)
+    except (ProtocolError, PeerGone, TimeoutError, OSError):
+        raise Stuck("what stands there does not answer") from None
+    finally:
+        channel.close()
+    # It has answered, and only has to end. One that hangs is nobody's to wait for: init reaps it after the stub.
+    os.waitpid(pid, 0)
+    return message
+
+
+def _be_the_child(
+    work: Callable[[], Answer],
+    theirs: _socket.socket,
+    ours: _socket.socket,
+    deadline: float,
+    let_go: Iterable[int],
+) -> None:
+    """Work, answer and end; never return."""
+    try:
+        ours.close()
+        for fd in let_go:
+            if fd >= 0:
+                os.close(fd)
+        fields, descriptor = work()
+        passed = () if descriptor is None else (descriptor,)
+        Channel(theirs).send(DONE, fields, max(deadline, time.monotonic()) + GRACE_SECONDS, descriptors=passed)
+    finally:
+        # Nothing of the stub's may run twice.
+        os._exit(0)
