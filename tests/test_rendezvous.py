@@ -180,3 +180,36 @@ def test_fake_receiver_of_the_hosts_at_a_path_in_the_container(forwarder: Forwar
         target = f"{container.root}{SOCKET}"
         with fake_receiver(host, "refuse", target):
             assert "its listener is not inside it" in tried(forwarder, container)[0]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/fuse"), reason="needs FUSE: modprobe fuse")
+def test_a_file_system_that_never_answers(forwarder: Forwarder, container: PlainContainer) -> None:
+    """Whoever looks the socket up there hangs, past SIGKILL. The stub does not, and lets the crashed process go."""
+    script = os.path.join(CHECKOUT, "tests/support/hanging_fs.py")
+    container.run(["mknod", "/tmp/fuse", "c", "10", "229"], check=True)
+    container.run(["sh", "-c", "test -e /dev/fuse || cp -a /tmp/fuse /dev/fuse"], check=True)
+    process = container.popen([os.path.join(BIN, "python"), script, "/run"], stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        assert read_line(process.stdout.fileno(), 20, "the file system is mounted") == b"ready\n"
+        # It ends by itself, and its slot is free: nobody else holds the core.
+        assert tried(forwarder, container)[0] == "own root: what stands there does not answer"
+        # The one that looked is there still, and counts for its container.
+        assert stuck_stubs(forwarder)
+    finally:
+        # Its end ends the requests, and those who wait for them.
+        process.end()
+    wait_until(lambda: not stuck_stubs(forwarder), 20, "the stuck process ends")
+
+
+def stuck_stubs(forwarder: Forwarder) -> list[int]:
+    launcher = forwarder.paths.runtime.launcher.encode()
+    return [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if launcher in _command_line(pid)]
+
+
+def _command_line(pid: int) -> bytes:
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return file.read()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
