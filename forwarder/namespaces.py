@@ -55,6 +55,12 @@ def pid_of_pidfd(pidfd: int) -> int:
     return int(words[0]) if words else -1
 
 
+def mount_of(fd: int) -> bytes:
+    """Return the id of the mount that a descriptor is on (proc_pid_fdinfo(5)), without asking its file system."""
+    words = status_value(read_at(-1, f"/proc/self/fdinfo/{fd}", 4096), b"mnt_id")
+    return words[0] if words else b""
+
+
 def identity(fd: int) -> Identity:
     """Return which file it is, for a namespace or a directory."""
     found = os.fstat(fd)

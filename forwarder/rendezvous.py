@@ -30,6 +30,10 @@ class Absent(Refused):
     """There is no receiver here, which is nobody's fault."""
 
 
+class Known(Refused):
+    """This root was asked already, by another name."""
+
+
 class Place:
     """A root directory in which a receiver's socket may stand. Owns its descriptor.
 
@@ -66,19 +70,12 @@ class Place:
             os.close(self.process)
             self.process = -1
 
-    def same_as(self, other: Place) -> bool:
-        return self.mnt_ns == other.mnt_ns and self.root_path == other.root_path
-
-    def find_socket(self) -> int:
-        """Return an O_PATH descriptor of the socket below this root. Raises Absent, Refused."""
+    def open_root(self) -> int:
+        """Return an O_PATH descriptor of the root. May hang (NFS). Raises Absent."""
         try:
-            root = os.open("root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.process)
+            return os.open("root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.process)
         except OSError as error:
             raise Absent(f"its root is gone ({error.strerror})") from None
-        try:
-            return find_socket(root)
-        finally:
-            os.close(root)
 
 
 def find_socket(root: int) -> int:
@@ -120,13 +117,13 @@ class Found:
         self.mode = mode
 
 
-def connect(place: Place, deadline: float, other_than: os.stat_result | None = None) -> Found:
-    """Return a connection to the socket of a place. Raises Absent, Refused.
+def connect(root: int, deadline: float, other_than: os.stat_result | None = None) -> Found:
+    """Return a connection to the socket below a root. Raises Absent, Refused.
 
     deadline: on time.monotonic(). A listener whose backlog is full makes connect(2) wait (H1: for ever, in Apport).
     other_than: a socket that is absent here, whatever name it has.
     """
-    path = place.find_socket()
+    path = find_socket(root)
     try:
         found = os.fstat(path)
         if other_than is not None and os.path.samestat(found, other_than):

@@ -14,7 +14,7 @@ import os
 import time
 
 from forwarder import apart, namespaces
-from forwarder.rendezvous import Absent, Found, Place, Refused, check_listener, connect
+from forwarder.rendezvous import Absent, Found, Known, Place, Refused, check_listener, connect, find_socket
 from receiver.protocol import Channel
 
 TYPE_CHECKING = False  # typing's own would cost the stub four milliseconds
@@ -43,6 +43,8 @@ class Route:
         # What the first look brought along; None before it.
         self.facts: dict[str, bytes] | None = None
         self._foreign: str | None = None
+        self._asked: list[tuple[namespaces.Identity, bytes, bytes]] = []
+        self._hanging: list[tuple[namespaces.Identity, bytes]] = []
         # Whether a process was left behind, see `forwarder/apart.py`.
         self.stuck = False
         self.host = Place("host", "/proc/self", is_host=True)
@@ -69,16 +71,11 @@ class Route:
     def places(self) -> Iterator[Place]:
         """Yield where to ask, nearest first, the host last. Each is closed when the next is asked for."""
         if self.host_only_because() is None:
-            seen: list[Place] = [self.host]
-            try:
-                for place in self._containers():
-                    if any(place.same_as(other) for other in seen):
-                        place.close()
-                    else:
-                        seen.append(place)
+            for place in self._containers():
+                try:
+                    if (place.mnt_ns, place.root_path) != (self.host.mnt_ns, self.host.root_path):
                         yield place
-            finally:
-                for place in seen[1:]:
+                finally:
                     place.close()
         yield self.host
 
@@ -160,13 +157,20 @@ class Route:
 
         Raises Absent, Refused.
         """
+        if (place.mnt_ns, place.root_path) in self._hanging:
+            raise Known("it did not answer before")
         hosts = None if place.is_host else self._hosts_socket()
 
         def reach() -> apart.Answer:
             facts = {} if self.facts is not None else self.crash.facts()
             facts = {f"fact_{name}": value for name, value in facts.items()}
             try:
-                found = connect(place, deadline, other_than=hosts)
+                root = place.open_root()
+                # A detached mount has the path "/", too: what tells roots apart is the mount.
+                facts["mount"] = namespaces.mount_of(root)
+                if (place.mnt_ns, place.root_path, facts["mount"]) in self._asked:
+                    return {"known": b"1"}, None
+                found = connect(root, deadline, other_than=hosts)
             except Absent as absent:
                 return {"absent": str(absent).encode(), **facts}, None
             except Refused as refused:
@@ -177,11 +181,16 @@ class Route:
             answer = apart.ask(reach, deadline, self.let_go)
         except apart.Stuck as stuck:
             self.stuck = True
+            # Whatever its mount is: those that look like it are not worth the wait.
+            self._hanging.append((place.mnt_ns, place.root_path))
             # The next child shall not read what this one may be stuck at.
             self.facts = self.facts or {}
             raise Refused(str(stuck)) from None
         if self.facts is None:
             self.facts = {name[5:]: value for name, value in answer.fields.items() if name.startswith("fact_")}
+        if "known" in answer.fields:
+            raise Known("it was asked already")
+        self._asked.append((place.mnt_ns, place.root_path, answer.fields.get("mount", b"")))
         if "absent" in answer.fields:
             raise Absent(answer.fields["absent"].decode())
         if "refused" in answer.fields or len(answer.descriptors) != 1:
@@ -195,7 +204,11 @@ class Route:
         Knowing it saves the host's receiver a call that would be hung up on; nothing rests on it.
         """
         try:
-            path = self.host.find_socket()
+            root = self.host.open_root()
+            try:
+                path = find_socket(root)
+            finally:
+                os.close(root)
         except Refused:
             return None
         try:

@@ -20,7 +20,7 @@ import sys
 
 from forwarder.crash import Crash, Unidentified, parse
 from forwarder.handoff import Handoff, Lost
-from forwarder.rendezvous import Absent, Refused
+from forwarder.rendezvous import Absent, Known, Refused
 from forwarder.route import Route
 from forwarder.share import Share
 
@@ -90,6 +90,8 @@ def _bring(crash: Crash, settings: Mapping[str, object], tried: list[str]) -> st
         for place in route.places():
             try:
                 handoff.bring(route, place)
+            except Known:
+                continue
             except Absent as absent:
                 tried.append(f"{place.name}: {absent}")
             except Refused as refused:
