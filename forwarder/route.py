@@ -43,7 +43,7 @@ class Route:
         # What the first look brought along; None before it.
         self.facts: dict[str, bytes] | None = None
         self._foreign: str | None = None
-        self._asked: list[tuple[namespaces.Identity, bytes, bytes]] = []
+        self._asked: dict[tuple[namespaces.Identity, bytes, bytes], Place] = {}
         self._hanging: list[tuple[namespaces.Identity, bytes]] = []
         # Whether a process was left behind, see `forwarder/apart.py`.
         self.stuck = False
@@ -168,7 +168,7 @@ class Route:
                 root = place.open_root()
                 # A detached mount has the path "/", too: what tells roots apart is the mount.
                 facts["mount"] = namespaces.mount_of(root)
-                if (place.mnt_ns, place.root_path, facts["mount"]) in self._asked:
+                if self._asked.get((place.mnt_ns, place.root_path, facts["mount"]), place) is not place:
                     return {"known": b"1"}, None
                 found = connect(root, deadline, other_than=hosts)
             except Absent as absent:
@@ -190,7 +190,8 @@ class Route:
             self.facts = {name[5:]: value for name, value in answer.fields.items() if name.startswith("fact_")}
         if "known" in answer.fields:
             raise Known("it was asked already")
-        self._asked.append((place.mnt_ns, place.root_path, answer.fields.get("mount", b"")))
+        # The same place may be asked again, when its receiver is busy.
+        self._asked[place.mnt_ns, place.root_path, answer.fields.get("mount", b"")] = place
         if "absent" in answer.fields:
             raise Absent(answer.fields["absent"].decode())
         if "refused" in answer.fields or len(answer.descriptors) != 1:

@@ -51,7 +51,8 @@ def container_of(cgroup: bytes) -> bytes:
 def cgroup_path(text: bytes) -> bytes:
     """Return the path from a proc cgroup file: the unified hierarchy's, or on version 1 systemd's or the memory's."""
     paths: dict[bytes, bytes] = {}
-    for line in text.splitlines():
+    # Not splitlines(): a container may name a cgroup of its own with a carriage return.
+    for line in text.split(b"\n"):
         parts = line.split(b":", 2)
         if len(parts) == 3:
             paths[parts[1]] = parts[2]

@@ -70,6 +70,8 @@ def listen(path: str, backlog: int) -> socket.socket:
                 raise ActivationError(f"{path}: another receiver listens there. Stop it first")
     except FileNotFoundError:
         pass
+    except OSError as error:
+        raise _cannot_listen(path, error) from None
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         # Not chmod afterwards: between bind(2) and it anybody could connect.
@@ -81,5 +83,10 @@ def listen(path: str, backlog: int) -> socket.socket:
         sock.listen(backlog)
     except OSError as error:
         sock.close()
-        raise ActivationError(f"{path}: cannot listen there ({error.strerror}). Is its directory there?") from None
+        raise _cannot_listen(path, error) from None
     return sock
+
+
+def _cannot_listen(path: str, error: OSError) -> ActivationError:
+    # A path that is too long has no errno.
+    return ActivationError(f"{path}: cannot listen there ({error.strerror or error}). Is its directory there?")

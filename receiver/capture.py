@@ -21,6 +21,8 @@ PIPE_SIZE = 1 << 20
 F_SETPIPE_SZ = 1031
 BLOCK = 256 << 10
 PAGE = 4096
+# poll(2) takes an int of milliseconds: 24 days, which a core that stalls for longer will not miss.
+MAX_WAIT = (1 << 31) - 1
 _ZERO = bytes(1 << 20)
 
 
@@ -139,7 +141,7 @@ class Reader:
             try:
                 got = os.readv(self._fd, [view[filled:]])
             except BlockingIOError:
-                if not self._poll.poll(self._stall_seconds * 1000):
+                if not self._poll.poll(min(self._stall_seconds * 1000, MAX_WAIT)):
                     raise Stalled(f"no byte of the core came for {self._stall_seconds:g} s") from None
                 continue
             if got == 0:

@@ -171,10 +171,10 @@ def _show_list(records: list[Record], found: argparse.Namespace) -> int:
         rows.append(tuple(_shown(cell) for cell in row))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     right = {1, 2, 3, 7}
-    for row in rows:
+    for line in rows:
         cells = (
             cell.rjust(width) if column in right else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
         )
         print(" ".join(cells).rstrip())
     return EXIT_OK

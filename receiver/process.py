@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 # Bounds on what one record holds of each list; a process may have megabytes of either.
 MAX_ARGUMENTS = 32768
 MAX_ENVIRONMENT = 65536
+MAX_GROUPS = 1024
+# A process may be in 65536 groups (NGROUPS_MAX), and CoreDumping comes after them.
+MAX_STATUS = 1 << 20
 MASK = "(masked)"
 
 
@@ -60,11 +63,15 @@ class Process:
 
     def is_dumping(self) -> bool | None:
         """Whether it is dumping core now; None when its status cannot be read."""
-        status = self.read("status", 16384)
+        status = self.read("status", MAX_STATUS)
         return None if status is None else b"\nCoreDumping:\t1\n" in status
 
-    def describe(self, record: Record, secret: re.Pattern[str]) -> None:
-        """Fill in what /proc tells. secret: names of environment variables whose values are masked."""
+    def describe(self, record: Record) -> None:
+        """Fill in what the kernel knows.
+
+        Not cmdline and environ: to read these is to read the process's memory, which may lie on a file system that
+        never answers, and that would be the end of this worker. The forwarder has a way: `forwarder/apart.py`.
+        """
         exe = self.link("exe")
         if exe is not None:
             record.exe = text(exe)
@@ -75,12 +82,6 @@ class Process:
         if record.root == "/":
             record.root = None
         self._status(record)
-        command_line = self.read("cmdline", MAX_ARGUMENTS)
-        if command_line is not None:
-            record.command_line = [text(word) for word in _split(command_line)]
-        environment = self.read("environ", MAX_ENVIRONMENT)
-        if environment is not None:
-            record.environment = mask(environment, secret)
         cgroup = self.read("cgroup", 8192)
         if cgroup:
             record.cgroup = text(_cgroup(cgroup))
@@ -89,9 +90,10 @@ class Process:
             record.limits = _limits(limits)
 
     def _status(self, record: Record) -> None:
-        status = self.read("status", 16384) or b""
+        status = self.read("status", MAX_STATUS) or b""
         kinds = ("real", "effective", "saved", "filesystem")
-        for line in status.splitlines():
+        # Not splitlines(): the kernel escapes newlines in "Name:", and lets a carriage return through (H13).
+        for line in status.split(b"\n"):
             name, _, rest = line.partition(b":\t")
             if name in (b"Uid", b"Gid", b"Groups"):
                 numbers = [int(word) for word in rest.split()]
@@ -102,7 +104,7 @@ class Process:
                     record.gids = dict(zip(kinds, numbers, strict=True))
                     record.gid, record.egid = numbers[0], numbers[1]
                 elif name == b"Groups":
-                    record.groups = numbers
+                    record.groups = numbers[:MAX_GROUPS]
 
     def is_secure(self) -> bool | None:
         """Whether it was started with more rights than its user has; None when that cannot be read."""
@@ -119,6 +121,11 @@ def user_may_read(record: Record, *, secure: bool) -> bool:
     if secure or record.dumpable != 1 or record.uids is None or record.gids is None:
         return False
     return len(set(record.uids.values())) == 1 and len(set(record.gids.values())) == 1
+
+
+def arguments(command_line: bytes) -> list[str]:
+    """Return the words of a command line, which end with NULs."""
+    return [text(word) for word in _split(command_line)]
 
 
 def mask(environment: bytes, secret: re.Pattern[str]) -> dict[str, str]:
@@ -139,11 +146,12 @@ def _split(raw: bytes) -> list[bytes]:
 def _cgroup(raw: bytes) -> bytes:
     """Return the path in the unified hierarchy, or in systemd's or the memory's on version 1 (cgroups(7))."""
     paths = {}
-    for line in raw.splitlines():
-        _, controllers, path = [*line.split(b":", 2), b"", b""][:3]
-        paths[controllers] = path
+    for line in raw.split(b"\n"):
+        number, controllers, path = [*line.split(b":", 2), b"", b""][:3]
+        if number:
+            paths[controllers] = path
     for wanted in (b"", b"name=systemd", b"memory"):
-        if paths.get(wanted, b"/") != b"/":
+        if paths.get(wanted, b"/") not in (b"/", b""):
             return paths[wanted]
     return b"/"
 
@@ -151,8 +159,8 @@ def _cgroup(raw: bytes) -> bytes:
 def _limits(raw: bytes) -> dict[str, dict[str, int | None]]:
     """Return soft and hard limits by name as in proc_pid_limits(5), None for unlimited."""
     found: dict[str, dict[str, int | None]] = {}
-    for line in raw.splitlines()[1:]:
-        match = re.match(rb"Max (.+?)\s{2,}(\d+|unlimited)\s+(\d+|unlimited)", line)
+    for line in raw.split(b"\n")[1:]:
+        match = re.match(rb"Max (.+?)\s{2,}(\d{1,20}|unlimited)\s+(\d{1,20}|unlimited)", line)
         if match:
             name = match[1].decode("ascii", "replace").replace(" ", "_")
             soft, hard = (None if word == b"unlimited" else int(word) for word in match.groups()[1:])

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 EXIT_FAILURE = 1
 # When accept(2) fails for want of descriptors or memory, the connection stays in the queue: look again a little later.
 SHORTAGE_SECONDS = 0.2
+# poll(2) takes an int of milliseconds: 24 days, and idle_seconds may be a year.
+MAX_WAIT = (1 << 31) - 1
 
 
 class Service:
@@ -66,8 +68,11 @@ class Service:
         idle_since = time.monotonic()
         while True:
             self._reap()
-            if self.stopping and not self.workers:
-                return
+            if self.stopping:
+                # Whoever comes now goes elsewhere at once. A socket of systemd's keeps him for the next start.
+                self.listener.close()
+                if not self.workers:
+                    return
             poll = select.poll()
             poll.register(self._awake, select.POLLIN)
             accepting = not self.stopping and len(self.workers) < self.config.workers
@@ -77,14 +82,14 @@ class Service:
                 idle_since = time.monotonic()
             wait = None
             if self.idle_seconds and not self.workers:
-                wait = max(0.0, idle_since + self.idle_seconds - time.monotonic()) * 1000
+                wait = min(max(0.0, idle_since + self.idle_seconds - time.monotonic()) * 1000, MAX_WAIT)
             events = dict(poll.poll(wait))
             if self._awake in events:
                 self._drain()
-            if self.listener.fileno() in events:
+            if accepting and not self.stopping and self.listener.fileno() in events:
                 idle_since = time.monotonic()
                 self._accept()
-            elif not events and self.idle_seconds and not self.workers:
+            elif wait is not None and not events and wait < MAX_WAIT:
                 log(f"idle for {self.idle_seconds:g} s: leaving until the next crash")
                 return
 

@@ -510,6 +510,8 @@ class Entry:
         if not self._sealed:
             self.seal(readers=readers)
         self._close_core()
+        # When it fails, what was sealed does not hold: the caller seals another end.
+        self._sealed = False
         with self.store.locked():
             self.store._roll(self.record.id)  # noqa: SLF001
         self._close_lock()

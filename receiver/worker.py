@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from receiver import protocol
 from receiver.capture import Reader, Stalled, TooLarge, sink_for
 from receiver.log import log
-from receiver.process import Process, mask, user_may_read
+from receiver.process import MAX_ARGUMENTS, MAX_ENVIRONMENT, Process, arguments, mask, user_may_read
 from receiver.protocol import Channel, Message, PeerGone, ProtocolError, printable
 from receiver.record import UNLIMITED, Core, Record, text
 from receiver.store import NoRoom, Store, StoreError, no_limit
@@ -95,10 +95,14 @@ def check_sender(channel: Channel) -> None:
     peer = channel.peer()
     if peer.pid == 0:
         return
-    if os.stat("/proc/self/ns/pid").st_ino != INITIAL_PID_NAMESPACE:
+    if not _sees_every_process():
         raise Unwanted("it comes from a process of this container; cores come from the host")
     if peer.uid not in (0, OVERFLOW_ID):
         raise Unwanted("it comes from a process that is not root")
+
+
+def _sees_every_process() -> bool:
+    return os.stat("/proc/self/ns/pid").st_ino == INITIAL_PID_NAMESPACE
 
 
 def refuse(channel: Channel, reason: str, deadline: float) -> None:
@@ -116,6 +120,9 @@ def look_at(offer: Message, config: Config) -> Offered:
     process, thread = offer.head_credentials, offer.body_credentials
     if process is None or thread is None:
         raise ProtocolError("the offer has no credentials")
+    if process.pid == 0 and _sees_every_process():
+        # What the kernel says of bytes that came without any (seen): pid 0, uid 65534.
+        raise ProtocolError("the offer names no process")
     record = Record.of_numbers(
         pid=process.pid,
         tid=thread.pid,
@@ -133,7 +140,7 @@ def look_at(offer: Message, config: Config) -> Offered:
     record.host_name = os.uname().nodename
     offered = Offered(record, offer.number("core_limit", UNLIMITED), time.monotonic(), None)
     secret = re.compile(config.secret_pattern, re.IGNORECASE)
-    secure = _look_at_process(record, secret) if process.pid and thread.pid else None
+    secure = _look_at_process(record) if process.pid and thread.pid else None
     _fill_in(record, offer, secret)
     if secure is None:
         secure = offer.fields.get("secure") != b"0"
@@ -142,7 +149,7 @@ def look_at(offer: Message, config: Config) -> Offered:
     return offered
 
 
-def _look_at_process(record: Record, secret: re.Pattern[str]) -> bool | None:
+def _look_at_process(record: Record) -> bool | None:
     """Fill in what /proc tells here. Returns whether the process is secure (AT_SECURE), None when that is hidden."""
     try:
         process = Process(record.pid, record.tid)
@@ -152,19 +159,21 @@ def _look_at_process(record: Record, secret: re.Pattern[str]) -> bool | None:
     try:
         if process.is_dumping() is False:
             raise Unwanted("the process it names is not dumping core")
-        process.describe(record, secret)
+        process.describe(record)
         return process.is_secure()
     finally:
         process.close()
 
 
 def _fill_in(record: Record, offer: Message, secret: re.Pattern[str]) -> None:
-    """Take from the offer what could not be read here, as in a container without CAP_SYS_PTRACE."""
+    """Take from the offer what cannot be read here: not safely, or not without CAP_SYS_PTRACE."""
     for name in ("exe", "cwd"):
         if getattr(record, name) is None and name in offer.fields:
             setattr(record, name, text(offer.fields[name]))
-    if record.environment is None and "environ" in offer.fields:
-        record.environment = mask(offer.fields["environ"], secret)
+    if "cmdline" in offer.fields:
+        record.command_line = arguments(offer.fields["cmdline"][:MAX_ARGUMENTS])
+    if "environ" in offer.fields:
+        record.environment = mask(offer.fields["environ"][:MAX_ENVIRONMENT], secret)
 
 
 def _keep(channel: Channel, config: Config, store: Store, offered: Offered, begun: float) -> Record | None:

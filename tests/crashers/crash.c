@@ -10,8 +10,9 @@
  * --comm NAME         the crashing thread's name, any bytes
  * --core-limit BYTES  soft RLIMIT_CORE (otherwise as high as the hard limit)
  * --uid N, --gid N    real, effective and saved ids; dumpable again unless --dumpable says otherwise
- * --dumpable 0|1      prctl(PR_SET_DUMPABLE)
+ * --dumpable 0|1|2    prctl(PR_SET_DUMPABLE); 2, which that refuses: as the kernel left it after the change of ids
  * --chroot DIR        before the ids
+ * --dead-root         a root directory in which nothing is or will be, as Chrome's sandbox has it; before the ids
  * --wait              "ready\n" on standard output, then crashes at a byte or the end of standard input
  *
  * Before the fault, the moment (CLOCK_MONOTONIC, ns, int64) goes to the descriptor that CRASH_CLOCK_FD names.
@@ -86,6 +87,17 @@ static int print_fill(size_t bytes, const char *kind)
         bytes -= now;
     }
     return fflush(stdout) ? 1 : 0;
+}
+
+/* The proc directory of a process that is no more: what opens there fails with ENOENT, or with ESRCH. */
+static void enter_dead_root(void)
+{
+    int status;
+    pid_t child = (pid_t)syscall(SYS_clone, CLONE_FS | SIGCHLD, NULL, NULL, NULL, NULL);
+    if (child == 0)
+        _exit(chroot("/proc/self/fdinfo") < 0 || chdir("/") < 0);
+    if (child < 0 || waitpid(child, &status, 0) < 0 || status != 0)
+        die("dead root");
 }
 
 static unsigned char *allocate(size_t bytes)
@@ -246,7 +258,7 @@ int main(int argc, char **argv)
 {
     long fill = -1, sparse = -1, core_limit = -1, threads = 0, uid = -1, gid = -1, dumpable = -1;
     const char *kind = "zero", *new_root = NULL;
-    int from_thread = 0;
+    int from_thread = 0, dead_root = 0;
 
     if (argc == 4 && strcmp(argv[1], "--print-fill") == 0)
         return print_fill(strtoul(argv[2], NULL, 0), argv[3]);
@@ -280,6 +292,8 @@ int main(int argc, char **argv)
             dumpable = number_of(argc, argv, &i);
         else if (!strcmp(option, "--chroot"))
             new_root = value_of(argc, argv, &i);
+        else if (!strcmp(option, "--dead-root"))
+            dead_root = 1;
         else if (!strcmp(option, "--wait"))
             wait_first = 1;
         else {
@@ -304,13 +318,15 @@ int main(int argc, char **argv)
         die("RLIMIT_CORE");
     if (new_root && (chroot(new_root) < 0 || chdir("/") < 0))
         die("chroot %s", new_root);
+    if (dead_root)
+        enter_dead_root();
     if (gid >= 0 && (setgroups(0, NULL) < 0 || setresgid((gid_t)gid, (gid_t)gid, (gid_t)gid) < 0))
         die("gid %ld", gid);
     if (uid >= 0 && setresuid((uid_t)uid, (uid_t)uid, (uid_t)uid) < 0)
         die("uid %ld", uid);
     if (dumpable < 0 && (uid >= 0 || gid >= 0))
         dumpable = 1;
-    if (dumpable >= 0 && prctl(PR_SET_DUMPABLE, dumpable, 0, 0, 0) < 0)
+    if ((dumpable == 0 || dumpable == 1) && prctl(PR_SET_DUMPABLE, dumpable, 0, 0, 0) < 0)
         die("dumpable %ld", dumpable);
 
     if (fill >= 0)

@@ -558,6 +558,47 @@ class PodmanContainer(_Isolated):
                 processes.kill_exactly(init, started)
 
 
+class Sandbox(Container):
+    """What somebody makes in another place with unshare(1): his sandbox, a container in a container, part of a pod.
+
+    options: unshare's, in full; without `--fork` its first process stays in the outer pid namespace. uid: who makes it.
+    script: what sh does there before anything else. last: what its first process does then, with `stdin` to read from.
+    """
+
+    kind = "sandbox"
+
+    def __init__(
+        self, outer: Container, *options: str, uid: int = 0, script: str = ":", last: str = "exec sleep infinity"
+    ) -> None:
+        super().__init__()
+        self._outer = outer
+        self._options = options
+        self._uid = uid
+        self._script = f"{script}\necho ready\n{last}"
+        self.stdin: IO[bytes]
+
+    @classmethod
+    def why_unavailable(cls) -> str | None:
+        return _why_not("")
+
+    def _start(self) -> None:
+        ids = [f"--reuid={self._uid}", f"--regid={self._uid}", "--clear-groups"]
+        command = [*(["setpriv", *ids] if self._uid else [])]
+        forks = "--fork" in self._options
+        if forks:
+            # unshare(1) ends by the same signal as its child, which is a second crash; a limit of 1 makes it none.
+            command += ["prlimit", "--core=1:"]
+        command += ["unshare", *self._options, *(["--kill-child"] if forks else []), "--", "sh", "-ec", self._script]
+        maker = self._outer.popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._stack.callback(maker.end)
+        assert maker.stdin is not None
+        assert maker.stdout is not None
+        self.stdin = maker.stdin
+        if read_line(maker.stdout.fileno(), 30, "the sandbox") != b"ready\n":
+            raise RuntimeError(f"{' '.join(command)}: ended with {maker.wait(30)}")
+        self.init_pid = processes.children(maker.host_pid)[0] if forks else maker.host_pid
+
+
 def prepare_systemd_root(directory: str, masked: Sequence[str]) -> None:
     """Make a copy of this machine's root boot as a container: its own identity, a volatile journal, no hardware."""
     system = os.path.join(directory, "etc/systemd/system")

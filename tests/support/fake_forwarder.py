@@ -33,7 +33,11 @@ class FakeForwarder:
         self.pid = os.getpid()
         if path is not None:
             self.sock.settimeout(seconds)
-            self.sock.connect(path)
+            try:
+                self.sock.connect(path)
+            except BaseException:
+                self.sock.close()
+                raise
         self.channel = Channel(self.sock)
 
     def _deadline(self) -> float:
