@@ -85,7 +85,7 @@ def _bring(crash: Crash, settings: Mapping[str, object], tried: list[str]) -> st
     route = Route(crash, seconds=connect_seconds, let_go=(CORE,))
     try:
         kept_on_host = route.host_only_because()
-        if kept_on_host is not None and route.is_container:
+        if kept_on_host is not None and (route.is_container or len(route.owners) > 1):
             tried.append(f"containers: {kept_on_host}")
         for place in route.places():
             try:

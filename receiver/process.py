@@ -5,6 +5,7 @@ The process waits in the kernel while this is read. Everything in these files bu
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from typing import TYPE_CHECKING
@@ -31,7 +32,10 @@ class Process:
     """
 
     def __init__(self, pid: int, tid: int) -> None:
-        """Open it. Raises OSError when it is not there (no /proc, hidden, gone)."""
+        """Open it. Raises OSError when it is not there (no /proc, another pid namespace's /proc, hidden, gone)."""
+        # `unshare --pid` without --mount-proc: there the same number is another process.
+        if os.readlink("/proc/self") != str(os.getpid()):
+            raise ProcessLookupError(errno.ESRCH, "/proc is another pid namespace's")
         self.directory = os.open(f"/proc/{pid}/task/{tid}", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
 
     def close(self) -> None:

@@ -247,8 +247,8 @@ def test_a_named_program(root: Path) -> None:
 def test_a_missing_program_is_a_warning(root: Path) -> None:
     said = install(str(root), program="/opt/nothing")
     assert said[-1] == (
-        f"warning: there is no {root}/opt/nothing. Install the package into the image (pip install core-pipe), "
-        "or name its place there with --program"
+        f"warning: there is no {root}/opt/nothing. Install core_pipe into the image, "
+        "or name the program's place there with --program"
     )
     assert found(root) == YES
 

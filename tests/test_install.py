@@ -659,19 +659,26 @@ class TestSettings:
         os.unlink(f"{paths.prefix}/etc/core_pipe/receiver.toml")
         assert install.stub_settings(paths) == {
             "store": b"/var/lib/core_pipe",
-            "connect_seconds": 5.0,
+            "connect_seconds": 10.0,
+            "busy_seconds": 30.0,
             "stall_seconds": 60.0,
         }
 
     def test_files_then_environment(self, paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
         write(f"{paths.prefix}/etc/core_pipe/forwarder.toml", "connect_seconds = 2\nstall_seconds = 1.5\n")
         expected: dict[str, object] = {"store": os.fsencode(f"{paths.prefix}/crash")}
-        assert install.stub_settings(paths) == {**expected, "connect_seconds": 2.0, "stall_seconds": 1.5}
+        assert install.stub_settings(paths) == {
+            **expected,
+            "connect_seconds": 2.0,
+            "busy_seconds": 30.0,
+            "stall_seconds": 1.5,
+        }
         monkeypatch.setenv("CORE_PIPE_STORE", "/cr\udcffash")
         monkeypatch.setenv("CORE_PIPE_FORWARDER_CONNECT_SECONDS", "0.5")
         assert install.stub_settings(paths) == {
             "store": b"/cr\xffash",
             "connect_seconds": 0.5,
+            "busy_seconds": 30.0,
             "stall_seconds": 1.5,
         }
 
@@ -683,7 +690,7 @@ class TestSettings:
             ("stall_seconds = 'long'", "stall_seconds is 'long'"),
             ("stall_seconds = nan", "stall_seconds is nan"),
             ("connect_seconds = inf", "connect_seconds is inf.*from 0.1 to 60"),
-            ("conect_seconds = 1", "conect_seconds is not known.*connect_seconds, stall_seconds"),
+            ("conect_seconds = 1", "conect_seconds is not known.*connect_seconds, busy_seconds, stall_seconds"),
             ("[stall_seconds]", "stall_seconds is {}"),
             ("stall_seconds = ", "is not TOML"),
             ("store = '/x'", "store is not known"),

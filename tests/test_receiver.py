@@ -482,6 +482,34 @@ def test_an_offer_without_credentials_names_nobody(container: PlainContainer) ->
         assert found.stop() == 0
 
 
+def test_what_the_offer_says_of_a_process_that_cannot_be_seen(container: PlainContainer) -> None:
+    facts = {
+        "exe": b"/opt/\xff",
+        "cwd": b"/\n",
+        "cmdline": b"a\0\0-x\0",
+        "environ": b"MY_TOKEN=hush\0A=1\0",
+        "own_pid": b"7",
+        "own_tid": b"8",
+        "tried": b"one: no\x1b\ntwo: no",
+        "comm": b"c" * 5000,
+        "core_limit": b"5000000",
+        "unknown": b"\xff",
+    }
+    with running(container) as found:
+        with found.connect() as forwarder:
+            assert forwarder.offered(**facts).send_core(CORE)["state"] == b"stored"
+        (record,) = found.wait_for_records(1)
+        assert found.stop() == 0
+    assert (record["pid"], record["own_pid"], record["own_tid"]) == (0, 7, 8)
+    assert (record["exe"], record["cwd"]) == ("/opt/\\xff", "/\n")
+    assert record["command_line"] == ["a", "", "-x"]
+    assert record["environment"] == {"MY_TOKEN": "(masked)", "A": "1"}
+    assert record["tried"] == ["one: no\\x1b", "two: no"]
+    assert record["comm"] == "c" * 64
+    assert record["core_limit"] == 5_000_000
+    assert record["host_name"] == "plain"
+
+
 # What peers do wrong. Each gets a receiver that has served and will serve.
 
 
