@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import subprocess
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.support.cgroups import hierarchies
 from tests.support.containers import Host, PlainContainer
 from tests.support.crash import crash
 from tests.support.receivers import (
@@ -17,6 +19,7 @@ from tests.support.receivers import (
     forwarder_installed,
     host_receiver,
     list_records,
+    resident,
     wait_for_records,
 )
 from tests.support.waiting import wait_until
@@ -74,6 +77,29 @@ def test_a_receiver_that_does_not_take_it(
         record = next_record(forwarder, before)
     assert record["core"]["state"] == "stored"  # type: ignore[index]
     assert record["tried"] == [reason]
+
+
+@pytest.mark.skipif(
+    "" not in hierarchies(), reason="needs a mounted cgroup2: mount -t cgroup2 none /sys/fs/cgroup/unified"
+)
+def test_a_container_that_is_frozen(forwarder: Forwarder) -> None:
+    """Nobody in there answers, and no signal reaches them. The process that crashes is outside of the freezer."""
+    before = len(forwarder.records())
+    with host_receiver(forwarder), PlainContainer() as container, resident(container):
+        directories = (Path(directory, "cgroup.freeze") for directory in container.cgroup.directories)
+        freeze = next(path for path in directories if path.exists())
+        container.joins_cgroup = False
+        freeze.write_text("1", encoding="ascii")
+        try:
+            assert crash(container, "SEGV", timeout=30).core_dumped
+        finally:
+            freeze.write_text("0", encoding="ascii")
+            container.joins_cgroup = True
+        record = next_record(forwarder, before)
+        assert record["tried"] == ["own root: its receiver did not answer the offer before the deadline"]
+        # The receiver finds the connection hung up, and serves the next.
+        assert crash(container, "SEGV").core_dumped
+        wait_for_records(container)
 
 
 def test_a_listener_that_is_gone(forwarder: Forwarder, container: PlainContainer) -> None:

@@ -33,6 +33,8 @@ pytestmark = pytest.mark.kernel
 HOLDER = "|/usr/bin/sleep 600"
 # H13: who splits stat or status at the first ")" or at spaces reads numbers of the victim's choice (CVE-2021-25682).
 NAME = b"v) R 1 1 1 (\nx"
+# And this one would look older than it is.
+IMPOSTOR = b"i) R 1 1 1 (\nx"
 SECRET = "COLOUR=the-impostor-is-red"
 MOST_CALLS = 400
 
@@ -86,7 +88,9 @@ class Impostor:
     def __init__(self, victim: Victim, *, crashes: bool) -> None:
         victim.process.kill()
         victim.process.wait()
-        argv = [compile_crasher("crash"), "SEGV", "--comm", "impostor"] if crashes else ["/usr/bin/sleep", "600"]
+        argv: list[str | bytes] = ["/usr/bin/sleep", "600"]
+        if crashes:
+            argv = [compile_crasher("crash"), "SEGV", "--comm", IMPOSTOR]
         deadline = time.monotonic() + 30
         while True:
             with open("/proc/sys/kernel/ns_last_pid", "w", encoding="ascii") as file:

@@ -63,19 +63,6 @@ def test_more_than_two_gib(tmp_path: Path, compression: str) -> None:
     assert "$2 = 0xa5" in said
 
 
-class Limited(PlainContainer):
-    """A container whose cgroup is small, with a file system on a disk, and crashes that do not count against it."""
-
-    outside = False
-
-    def _enter(self) -> list[str]:
-        command = super()._enter()
-        while self.outside and "--cgroup" in command:
-            at = command.index("--cgroup")
-            del command[at : at + 2]
-        return command
-
-
 @pytest.mark.usefixtures("forwarder")
 def test_a_small_memory_cgroup_takes_a_large_core(tmp_path: Path) -> None:
     """The receiver's memory and file pages are the container's: 64 MiB around it, and a 200 MiB core arrives.
@@ -94,13 +81,13 @@ def test_a_small_memory_cgroup_takes_a_large_core(tmp_path: Path) -> None:
 
     store = "/disk/store"
     with (
-        Limited(prepare=prepare, cgroup_memory_bytes=64 << 20) as container,
+        PlainContainer(prepare=prepare, cgroup_memory_bytes=64 << 20) as container,
         resident(container, store=store, env={**ROOMY, "CORE_PIPE_COMPRESSION": "none"}) as receiver,
     ):
         assert receiver.process.host_pid in container.cgroup.processes()
-        container.outside = True
+        container.joins_cgroup = False
         found = crash(container, "SEGV", "--fill", str(200 << 20), "random")
-        container.outside = False
+        container.joins_cgroup = True
         assert found.core_dumped
         record = wait_for_records(container, store=store)[-1]
         assert record["core"]["state"] == "stored", record["core"]

@@ -141,6 +141,8 @@ class Container(abc.ABC):
         self._inside: list[Inside] = []
         self.init_pid = 0
         """Host pid of the container's pid 1."""
+        self.joins_cgroup = True
+        """Whether what is started in it joins its cgroup, too, and not its namespaces only."""
 
     @classmethod
     @abc.abstractmethod
@@ -223,7 +225,8 @@ class Container(abc.ABC):
     def _enter(self) -> list[str]:
         if not self.init_pid:
             raise RuntimeError(f"the {self.kind} container is not started")
-        cgroups = [part for directory in directories_of(self.init_pid) for part in ("--cgroup", directory)]
+        directories = directories_of(self.init_pid) if self.joins_cgroup else []
+        cgroups = [part for directory in directories for part in ("--cgroup", directory)]
         return [crashers.compile_crasher("enter"), "--target", str(self.init_pid), *cgroups]
 
 
