@@ -41,8 +41,8 @@ def ask(work: Callable[[], Answer], deadline: float, let_go: Iterable[int]) -> M
     Raises Stuck. What `work` raises is the child's end, and Stuck here.
     """
     ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
-    pid = os.fork()
-    if pid == 0:
+    # It is never waited for, since its end may hang as well: init reaps it, after the stub.
+    if os.fork() == 0:
         _be_the_child(work, theirs, ours, deadline, let_go)
     theirs.close()
     channel = Channel(ours)
@@ -52,8 +52,6 @@ def ask(work: Callable[[], Answer], deadline: float, let_go: Iterable[int]) -> M
         raise Stuck("what stands there does not answer") from None
     finally:
         channel.close()
-    # It has answered, and only has to end. One that hangs is nobody's to wait for: init reaps it after the stub.
-    os.waitpid(pid, 0)
     return message
 
 

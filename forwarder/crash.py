@@ -6,6 +6,7 @@ Import budget: on the stub's start-up path, see `forwarder/stub.py`.
 from __future__ import annotations
 
 import os
+import select
 
 from forwarder import namespaces
 from forwarder.share import key_of
@@ -108,11 +109,12 @@ class Crash:
             self.task = os.open(
                 f"/proc/{self.pid}/task/{self.tid}", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW
             )
+            # Before anything can go wrong: whose allowance a crash takes that cannot be identified.
+            self.key = key_of(self.task)
             if not self.pidfd_is_kernels:
                 self.pidfd = os.pidfd_open(self.pid)
             self.verify()
             self.comm = self.read("comm", 64).removesuffix(b"\n")
-            self.key = key_of(self.task)
             if not self.pidfd_is_kernels and self.time and self._started() > self.time + 1:
                 raise Unidentified(f"process {self.pid} is younger than the crash")
         except OSError as error:
@@ -166,12 +168,24 @@ class Crash:
 
     def _started(self) -> int:
         """Return when the thread started, seconds since the epoch."""
-        # proc_pid_stat(5): comm, field 2, may hold anything, ")" too; field 22 counts from the last ")".
-        ticks = int(self.read("stat", 4096).rpartition(b")")[2].split()[19])
+        ticks = namespaces.start_ticks(self.read("stat", 4096))
         for line in namespaces.read_at(-1, "/proc/stat", 1 << 20).splitlines():
             if line.startswith(b"btime "):
                 return int(line.split()[1]) + ticks // os.sysconf("SC_CLK_TCK")
         return 0
+
+    def still_dumps(self, seconds: float) -> bool:
+        """Whether the process is in the kernel's dump still, after so long. Nothing of the core may be held here."""
+        poll = select.poll()
+        poll.register(self.pidfd, select.POLLIN)
+        if poll.poll(seconds * 1000):
+            return False
+        # Giving back a huge memory takes its time; being out of the dump is what counts.
+        try:
+            self.verify()
+        except Unidentified:
+            return False
+        return True
 
     def written(self) -> int:
         """Return how many bytes the dumping thread has written, which grows with each byte of core that is taken.

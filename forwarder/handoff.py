@@ -37,9 +37,9 @@ if TYPE_CHECKING:
 SIGKILL = 9
 # How often the watch looks at the kernel's account of the core's progress.
 WATCH_SECONDS = 1.0
-# So much of the core has to move in stall_seconds: who takes a page a minute is no reader, and the slowest disk
-# takes more.
-LEAST_PROGRESS = 1 << 20
+# Bytes a second that have to move, over stall_seconds: who takes a page a minute is no reader, and the slowest disk and
+# the most thorough compression are faster.
+LEAST_RATE = 256 << 10
 # Where progress cannot be seen, the whole core has so many times the deadline for no progress.
 UNACCOUNTED = 10
 # From "done" to the end of the process: it only has to give its memory back.
@@ -68,6 +68,8 @@ class Handoff:
         self.connect_seconds = connect_seconds
         self.busy_seconds = busy_seconds
         self.stall_seconds = stall_seconds
+        # For all the containers around a process together: they may be nested 32 deep. The host is always asked.
+        self.give_up = time.monotonic() + busy_seconds + 2 * connect_seconds
         # Who was asked and did not take it, and why: one line each.
         self.tried: list[str] = []
 
@@ -82,6 +84,8 @@ class Handoff:
 
         Raises Refused: nothing was passed, another may be asked. Raises Lost: it was passed and went wrong.
         """
+        if not place.is_host and time.monotonic() > self.give_up:
+            raise Refused("there was no time left to ask it")
         # Who hangs up at once is alive, over its MaxConnections=: worth waiting for longer than silence.
         busy = time.monotonic() + self.busy_seconds
         pause = RETRY_SECONDS
@@ -178,39 +182,34 @@ class Handoff:
         if written < 0:
             # A kernel without the account (CONFIG_TASK_XACCT): one deadline for all of the core.
             patience += (UNACCOUNTED - 1) * self.stall_seconds
-        while not poll.poll(WATCH_SECONDS * 1000):
+        while True:
+            if poll.poll(WATCH_SECONDS * 1000) and (result := self._result(channel)) is not None:
+                break
             now = self.crash.written()
-            if now >= written + LEAST_PROGRESS:
+            if now >= written + LEAST_RATE * self.stall_seconds:
                 written = now
                 patience = time.monotonic() + self.stall_seconds
             elif time.monotonic() >= patience:
                 self._end()
                 raise Lost(f"its receiver took next to nothing of the core for {self.stall_seconds:g} s")
-        try:
-            answer = channel.receive(time.monotonic() + WATCH_SECONDS)
-            answer.close()
-        except (ProtocolError, TimeoutError, OSError) as error:
-            self._end()
-            raise Lost(f"its receiver ended without a result after it had the core ({error})") from None
-        if answer.kind != DONE:
+        if result != DONE:
             self._end()
             raise Lost("its receiver does not speak the protocol: no result after the core")
-        if not self._ends_by_itself():
+        if self.crash.still_dumps(END_SECONDS):
             self._end()
             raise Lost("its receiver said that it was done and kept the core's descriptor")
 
-    def _ends_by_itself(self) -> bool:
-        """Whether the crashed process leaves the kernel's dump within END_SECONDS."""
-        poll = select.poll()
-        poll.register(self.crash.pidfd, select.POLLIN)
-        if poll.poll(END_SECONDS * 1000):
-            return True
-        # Giving back a huge memory takes its time; being out of the dump is what counts.
+    def _result(self, channel: Channel) -> int | None:
+        """Return the kind of the message that came, None when it was one of those to skip. Raises Lost."""
         try:
-            self.crash.verify()
-        except Exception:
-            return True
-        return False
+            answer = channel.receive(time.monotonic() + WATCH_SECONDS)
+        except TimeoutError:
+            return None
+        except (ProtocolError, OSError) as error:
+            self._end()
+            raise Lost(f"its receiver ended without a result after it had the core ({error})") from None
+        answer.close()
+        return answer.kind
 
     def _end(self) -> None:
         """Kill the crashed process, which is what frees its slot whoever still holds the descriptor."""

@@ -49,6 +49,17 @@ def status_value(status: bytes, name: bytes) -> list[bytes] | None:
     return None
 
 
+def start_ticks(stat: bytes) -> int:
+    """Return when a process started, in clock ticks since the boot, from its proc stat file."""
+    # proc_pid_stat(5): comm, field 2, may hold anything, ")" too; field 22 counts from the last ")".
+    return int(stat.rpartition(b")")[2].split()[19])
+
+
+def started(pid: int) -> int:
+    """Return when a process of our pid namespace started, in clock ticks. Raises OSError, ValueError."""
+    return start_ticks(read_at(-1, f"/proc/{pid}/stat", 4096))
+
+
 def pid_of_pidfd(pidfd: int) -> int:
     """Return the pid (our namespace) of the process, 0 when it is not in ours, -1 when it has been reaped."""
     words = status_value(read_at(-1, f"/proc/self/fdinfo/{pidfd}", 4096), b"Pid")

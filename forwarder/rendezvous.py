@@ -19,6 +19,8 @@ from receiver.protocol import Channel
 
 DIRECTORY = "run"
 NAME = "core_pipe.socket"
+# <asm-generic/socket.h>
+SO_PASSRIGHTS = 83
 S_IFMT, S_IFSOCK = 0o170000, 0o140000
 
 
@@ -133,6 +135,13 @@ def connect(root: int, deadline: float, other_than: os.stat_result | None = None
             left = deadline - time.monotonic()
             if left <= 0:
                 raise Refused("there was no time left to connect")
+            try:
+                # A descriptor that the receiver sends would be closed here, and its close may last as long as he likes
+                # (SO_LINGER on a full connection): the stub would hang, with the core.
+                sock.setsockopt(_socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
+            except OSError:
+                # Before 6.16 (77cbe1a6d873) there is nothing to be done about it.
+                pass
             # Not settimeout(): it makes the socket non-blocking, and then a full backlog is EAGAIN at once.
             sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_SNDTIMEO, _struct.pack("ll", int(left), int(left % 1 * 1e6)))
             sock.connect(f"/proc/self/fd/{path}")

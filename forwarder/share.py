@@ -23,6 +23,8 @@ RESERVE = 8
 # What to count with where the kernel has no bound of its own (0); as many as `install` sets.
 UNBOUNDED = 1024
 LOCK_SECONDS = 1.0
+# KEY@pPID.START: START is the process's start time, in ticks.
+HANGING = "@p"
 MAX_KEY = 200  # NAME_MAX is 255
 
 # Components of a cgroup path that engines put all of their containers below, without a cgroup of the container's own.
@@ -69,7 +71,7 @@ def key_of(task: int) -> str:
     except OSError:
         path = b"/"
     # "@" ends the key. Docker's and systemd's names are short; of a longer one the end tells more.
-    shown = "".join(chr(b) if chr(b).isalnum() or b in b"-_.:" else "!" for b in path)
+    shown = "".join(chr(b) if (b < 128 and chr(b).isalnum()) or b in b"-_.:" else "!" for b in path)
     return shown[-MAX_KEY:]
 
 
@@ -125,7 +127,7 @@ class Share:
 
     def _clear(self) -> None:
         for name in os.listdir(self._directory):
-            if name == ".lock":
+            if name == ".lock" or _is_hanging(name):
                 continue
             try:
                 fd = os.open(f"{self._directory}/{name}", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -149,6 +151,30 @@ class Share:
                 pass
         os.close(self._fd)
         self._fd = -1
+
+    def remember(self, pid: int) -> None:
+        """Go on counting a crash whose process stays in the kernel's dump, though nobody reads it. Raises OSError.
+
+        The kernel may wait there for a page of the process's memory, from a file system that never answers, and no
+        SIGKILL ends that: the slot stays taken for as long.
+        """
+        name = f"{self.key}{HANGING}{pid}.{namespaces.started(pid)}"
+        os.close(os.open(f"{self._directory}/{name}", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+
+
+def _is_hanging(name: str) -> bool:
+    """Whether a name in the count is that of a process which still dumps."""
+    _, mark, rest = name.rpartition(HANGING)
+    pid, _, started = rest.partition(".")
+    if not (mark and pid.isdigit()):
+        return False
+    try:
+        status = namespaces.read_at(-1, f"/proc/{pid}/status", 1 << 20)
+        return namespaces.started(int(pid)) == int(started) and namespaces.status_value(status, b"CoreDumping") == [
+            b"1"
+        ]
+    except (OSError, ValueError):
+        return False
 
 
 def _is_free(limit: int, mine: int, others: int) -> bool:

@@ -19,7 +19,7 @@ import os
 import sys
 
 from forwarder.crash import Crash, Unidentified, parse
-from forwarder.handoff import Handoff, Lost
+from forwarder.handoff import END_SECONDS, Handoff, Lost
 from forwarder.rendezvous import Absent, Known, Refused
 from forwarder.route import Route
 from forwarder.share import Share
@@ -40,12 +40,23 @@ def open_standard_streams() -> None:
             return
 
 
+def prefer_to_be_killed() -> None:
+    """Have the kernel end stubs first when memory is short: a storm of them holds gigabytes, in nobody's cgroup."""
+    try:
+        fd = os.open("/proc/self/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)
+        os.write(fd, b"1000")
+        os.close(fd)
+    except OSError:
+        pass
+
+
 def main(settings: Mapping[str, object], arguments: list[str] | None = None) -> int:
     """Bring one crash home. Returns the exit status, which nobody reads: 0 when a receiver had it.
 
     settings: as `forwarder.install.stub_settings` embeds them. arguments: those of core_pattern (default: sys.argv).
     """
     open_standard_streams()
+    prefer_to_be_killed()
     crash: Crash | None = None
     tried: list[str] = []
     try:
@@ -72,6 +83,7 @@ def _bring(crash: Crash, settings: Mapping[str, object], tried: list[str]) -> st
     share = Share(crash.key)
     over = share.take()
     if over is not None:
+        _let_go(crash, share)
         return over
     connect_seconds = float(str(settings.get("connect_seconds", 10.0)))
     handoff = Handoff(
@@ -104,4 +116,12 @@ def _bring(crash: Crash, settings: Mapping[str, object], tried: list[str]) -> st
     finally:
         handoff.close()
         route.close()
+        _let_go(crash, share)
         share.close(keep=route.stuck)
+
+
+def _let_go(crash: Crash, share: Share) -> None:
+    """Close the core, which ends the kernel's dump, and go on counting the one that does not end."""
+    os.dup2(1, CORE)
+    if crash.still_dumps(END_SECONDS):
+        share.remember(crash.pid)

@@ -29,8 +29,10 @@ def record(
     else:
         reason = f"{reason}; arguments: {printable(' '.join(arguments).encode('utf-8', 'surrogateescape'))}"
     reason = printable(reason.encode("utf-8", "backslashreplace"), 1000)
-    # A crash that could not be identified counts for all of those.
-    key = crash.key if crash is not None and crash.key else "unidentified"
+    # Of a process that was gone before we could look, only the user is known.
+    key = "unidentified"
+    if crash is not None:
+        key = crash.key or f"unidentified.uid.{crash.uid}"
     try:
         may_say, may_record, kept_back = Allowance(key).use()
     except OSError as error:

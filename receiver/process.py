@@ -23,6 +23,8 @@ MAX_GROUPS = 1024
 # A process may be in 65536 groups (NGROUPS_MAX), and CoreDumping comes after them.
 MAX_STATUS = 1 << 20
 MASK = "(masked)"
+# /proc/sys/kernel/overflowuid and overflowgid; nobody changes them.
+OVERFLOW_ID = 65534
 
 
 class Process:
@@ -124,7 +126,11 @@ def user_may_read(record: Record, *, secure: bool) -> bool:
     """
     if secure or record.dumpable != 1 or record.uids is None or record.gids is None:
         return False
-    return len(set(record.uids.values())) == 1 and len(set(record.gids.values())) == 1
+    ids = {*record.uids.values()}, {*record.gids.values()}
+    if any(OVERFLOW_ID in one for one in ids):
+        # Not a user: everybody who has no number here (user_namespaces(7)). "nobody" has that number.
+        return False
+    return all(len(one) == 1 for one in ids)
 
 
 def arguments(command_line: bytes) -> list[str]:

@@ -73,7 +73,7 @@ DEFENCES = [
     Defence(
         "H7 who keeps the descriptor is ended",
         "forwarder/handoff.py",
-        "if not self._ends_by_itself():",
+        "if self.crash.still_dumps(END_SECONDS):",
         "if False:",
         "tests/test_fallback.py -k keep",
     ),
@@ -135,7 +135,7 @@ DEFENCES = [
     ),
     Defence(
         "H13 stat is split at the last parenthesis",
-        "forwarder/crash.py",
+        "forwarder/namespaces.py",
         'rpartition(b")")',
         'partition(b")")',
         "tests/test_identity.py",
@@ -213,8 +213,8 @@ DEFENCES = [
     Defence(
         "an unreadable host program in a user's sandbox stays with the host",
         "forwarder/route.py",
-        "if not namespaces.is_mapped(self.crash.task, owner):",
-        "if False:",
+        'if namespaces.is_mapped(self.crash.task, answer.number("uid")):',
+        "if True:",
         "tests/test_owners.py",
     ),
     Defence(

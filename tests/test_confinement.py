@@ -11,6 +11,8 @@ import pytest
 
 from forwarder import allowance
 from forwarder.allowance import Allowance
+from receiver.process import user_may_read
+from receiver.record import Record
 from tests.support import processes
 from tests.support.containers import PlainContainer
 from tests.support.crash import compile_crasher, crash, start_crash
@@ -168,3 +170,13 @@ def test_a_crash_of_the_receiver_itself_goes_nowhere() -> None:
         assert not os.WCOREDUMP(ended["status"]), "the kernel dumped the receiver"
         # Its end is what this test wants, so resident() must not complain.
         receiver.stop = lambda timeout=0: 0  # type: ignore[method-assign] # noqa: ARG005
+
+
+def test_nobody_is_no_user() -> None:
+    """A process whose ids have no number in the container shows as 65534, and so does everybody else's who has none."""
+    kinds = ("real", "effective", "saved", "filesystem")
+    numbers = {"pid": 1, "tid": 1, "uid": 0, "gid": 0, "signal": 11, "time": 0, "core_limit": 0, "dumpable": 1}
+    record = Record.of_numbers(comm=b"x", **numbers)
+    for uid, gid, may in ((1000, 1000, True), (65534, 1000, False), (1000, 65534, False), (65534, 65534, False)):
+        record.uids, record.gids = dict.fromkeys(kinds, uid), dict.fromkeys(kinds, gid)
+        assert user_may_read(record, secure=False) is may

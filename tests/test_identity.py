@@ -18,6 +18,7 @@ import pytest
 
 from forwarder.crash import Crash, Unidentified
 from forwarder.route import Route
+from forwarder.share import Share
 from tests.support import processes
 from tests.support.containers import PlainContainer
 from tests.support.crash import compile_crasher
@@ -26,6 +27,7 @@ from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 pytestmark = pytest.mark.kernel
 
@@ -234,3 +236,27 @@ def test_a_thread_of_another_process_is_nobody(container: PlainContainer) -> Non
     finally:
         victim.end()
     assert processes.start_time(victim.pid) is None
+
+
+def test_a_dump_that_does_not_end_counts_for_its_container(
+    container: PlainContainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGKILL does not always free the kernel's slot: the dump may wait for a page that never comes."""
+    limit = tmp_path / "limit"
+    limit.write_text("8\n")
+    monkeypatch.setattr("forwarder.share.LIMIT_FILE", str(limit))
+    directory = str(tmp_path / "flight")
+    first = Share("c", directory)
+    assert first.take() is None
+    victim = Victim(container)
+    try:
+        first.remember(victim.pid)
+        first.close()
+        reason = Share("c", directory).take()
+        assert reason is not None
+        assert "all of its share" in reason
+    finally:
+        victim.end()
+    # It has ended, so it does not count any more, whoever has its number.
+    assert Share("c", directory).take() is None
+    assert sorted(os.listdir(directory)) == [".lock", f"c@{os.getpid()}"]

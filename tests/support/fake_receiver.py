@@ -14,6 +14,8 @@ Modes::
     vanish        takes the core and exits
     lie           takes the core, reads nothing, and says done
     slow          reads 64 KiB each 50 ms: slow, but honest
+    chatter       the same, and says things in between that are to be skipped
+    descriptor    accepts with a descriptor that nobody asked for, and takes the core
 """
 
 from __future__ import annotations
@@ -74,7 +76,15 @@ def serve(connection: socket.socket, mode: str) -> None:
     if mode == "refuse":
         channel.send(protocol.REFUSE, {"reason": b"no\nroom\x1b[31m \xff"}, deadline)
         return
-    channel.send(protocol.ACCEPT, {"want": b"core"}, deadline)
+    if mode == "descriptor":
+        try:
+            channel.send(protocol.ACCEPT, {"want": b"core"}, deadline, descriptors=(2,))
+        except PermissionError:
+            # The stub has told the kernel to let none through (SO_PASSRIGHTS).
+            channel.send(protocol.REFUSE, {"reason": b"it takes no descriptor"}, deadline)
+            return
+    else:
+        channel.send(protocol.ACCEPT, {"want": b"core"}, deadline)
     core = channel.receive(deadline).take()[0]
     take(channel, core, mode, deadline)
     kept.append(connection.detach())
@@ -87,14 +97,18 @@ def take(channel: protocol.Channel, core: int, mode: str, deadline: float) -> No
         kept.append(core)
     while mode == "drip" and os.read(core, 1):
         time.sleep(1)
-    while mode in ("keep", "fork-keep", "slow") and os.read(core, 65536):
-        if mode == "slow":
+    blocks = 0
+    while mode in ("keep", "fork-keep", "slow", "chatter", "descriptor") and os.read(core, 65536):
+        blocks += 1
+        if mode == "chatter" and blocks % 10 == 0:
+            channel.send(200, {"so_far": b"so good"}, deadline)
+        if mode in ("slow", "chatter"):
             time.sleep(0.05)
-    if mode == "slow":
+    if mode in ("slow", "chatter", "descriptor"):
         os.close(core)
     if mode == "fork-keep" and os.fork() == 0:
         time.sleep(LONG)
-    if mode in ("keep", "lie", "slow", "fork-keep"):
+    if mode in ("keep", "lie", "slow", "chatter", "descriptor", "fork-keep"):
         channel.send(protocol.DONE, {"state": b"stored", "size": b"1"}, deadline)
     if mode == "fork-keep":
         os._exit(0)
