@@ -259,6 +259,13 @@ SETTINGS: tuple[Setting, ...] = (
         "The free space that is left to others on the store's file system.",
     ),
     Setting(
+        "records_max",
+        "4000",
+        _whole(1, 1_000_000),
+        "a whole number from 1 to 1000000",
+        "The records that are kept; the oldest go, first those without a core. One has a few KiB, at the most some 150.",
+    ),
+    Setting(
         "secret_pattern",
         _SECRETS,
         _pattern,
@@ -305,6 +312,7 @@ class Config:
     store: absolute path. compression: "zstd" or "none". compression_level: zstd's.
     core_max: bytes before compression, None for no limit.
     store_max, keep_free: None for no limit, else ask `bytes_of` with the size of the store's file system.
+    records_max: a count.
     secret_pattern: a valid regular expression, to be searched for (not matched) with re.IGNORECASE.
     idle_seconds (0.0: never leave), offer_seconds, stall_seconds: seconds. workers: a count.
     """
@@ -317,6 +325,7 @@ class Config:
     core_max: int | None
     store_max: Limit | None
     keep_free: Limit | None
+    records_max: int
     secret_pattern: str
     idle_seconds: float
     workers: int

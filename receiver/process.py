@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from receiver.record import Record
 
 # Bounds on what one record holds of each list; a process may have megabytes of either.
-MAX_ARGUMENTS = 32768
-MAX_ENVIRONMENT = 65536
+MAX_ARGUMENTS = 8192
+MAX_ENVIRONMENT = 16384
 MAX_GROUPS = 1024
 # A process may be in 65536 groups (NGROUPS_MAX), and CoreDumping comes after them.
 MAX_STATUS = 1 << 20

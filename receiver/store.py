@@ -36,6 +36,8 @@ DEFAULT = "/var/lib/core_pipe"
 CORE_SUFFIXES = {"zstd": ".core.zst", "none": ".core"}
 INTERRUPTED = "interrupted: the receiver ended before the core was complete"
 MAX_RECORD = 1 << 20
+# Records outlive their cores, but not for ever: a crash loop writes nothing else (gardenlinux#1226).
+RECORDS = 4000
 # Names come and go in microseconds; who holds the lock longer is stuck.
 LOCK_SECONDS = 10.0
 ID = re.compile(r"[0-9]{8}T[0-9]{6}-[0-9]{6}-[0-9]{1,20}-[0-9a-f]{8}")
@@ -71,6 +73,7 @@ class Store:
 
     limit: asked for the largest total of stored bytes, given the bytes of the file system; None for no limit.
     keep_free: likewise, how many bytes to leave free in the file system.
+    records: how many records to keep.
     """
 
     def __init__(
@@ -79,12 +82,14 @@ class Store:
         *,
         limit: Callable[[int], int | None] = no_limit,
         keep_free: Callable[[int], int | None] = no_limit,
+        records: int = RECORDS,
         create: bool = True,
     ) -> None:
         """Open the directory, and make it when it is not there. Raises StoreError."""
         self.path = path
         self._limit = limit
         self._keep_free = keep_free
+        self._records = records
         try:
             if create and not os.path.isdir(path):
                 os.makedirs(path, exist_ok=True)
@@ -159,6 +164,7 @@ class Store:
     def begin(self, record: Record) -> Entry:
         """Begin to keep a crash: from now on it leaves a record whatever happens. Raises OSError, StoreError."""
         with self.locked():
+            self._forget_oldest()
             fd = self._open(f".{record.id}.json", os.O_RDWR | os.O_CREAT | os.O_EXCL)
             try:
                 # Before anybody else may look for those whose worker is gone.
@@ -177,7 +183,22 @@ class Store:
     def add_record(self, record: Record) -> None:
         """Keep a record that has no core. Raises OSError, StoreError."""
         with self.locked():
+            self._forget_oldest()
             self._write(f"{record.id}.json", record.dumps())
+
+    def _forget_oldest(self) -> None:
+        """Make room for one more record: the oldest go, first those that have no core. Call it with the lock held."""
+        names = [name for name in self.names() if not name.startswith(".")]
+        records = [name for name in names if name.endswith(".json")]
+        excess = len(records) + 1 - self._records
+        if excess <= 0:
+            return
+        cores = {name.split(".")[0]: name for name in names if name.endswith(tuple(CORE_SUFFIXES.values()))}
+        for name in sorted(records, key=lambda name: (name.split(".")[0] in cores, name))[:excess]:
+            core = cores.get(name.split(".")[0])
+            if core is not None:
+                self._unlink(core)
+            self._unlink(name)
 
     def names(self) -> list[str]:
         return os.listdir(self.directory)

@@ -51,6 +51,7 @@ def open_store(config: Config) -> Store:
         config.store,
         limit=config.store_max.bytes_of if config.store_max else no_limit,
         keep_free=config.keep_free.bytes_of if config.keep_free else no_limit,
+        records=config.records_max,
     )
 
 

@@ -11,8 +11,10 @@ import pytest
 
 from forwarder import allowance
 from forwarder.allowance import Allowance
+from receiver.capture import PlainSink
 from receiver.process import user_may_read
-from receiver.record import Record
+from receiver.record import Core, Record
+from receiver.store import Store
 from tests.support import processes
 from tests.support.containers import PlainContainer
 from tests.support.crash import compile_crasher, crash, start_crash
@@ -180,3 +182,35 @@ def test_nobody_is_no_user() -> None:
     for uid, gid, may in ((1000, 1000, True), (65534, 1000, False), (1000, 65534, False), (65534, 65534, False)):
         record.uids, record.gids = dict.fromkeys(kinds, uid), dict.fromkeys(kinds, gid)
         assert user_may_read(record, secure=False) is may
+
+
+def test_records_do_not_pile_up_for_ever(tmp_path: Path) -> None:
+    """A crash loop with `ulimit -c 0` writes nothing but records (H16)."""
+    store = Store(str(tmp_path / "store"), records=5)
+    with_core = store.begin(new_record(0))
+    sink = PlainSink(with_core)
+    sink.write(memoryview(b"core"))
+    sink.finish()
+    with_core.record.core = Core(state="stored", size_bytes=4, compression="none")
+    with_core.finish()
+    for number in range(1, 20):
+        store.begin(new_record(number)).finish() if number % 2 else store.add_record(new_record(number))
+        assert len([name for name in store.names() if name.endswith(".json")]) <= 5
+    kept = [record.pid for _, record in store.records() if record is not None]
+    # The one that has a core stays longest.
+    assert kept == [0, 16, 17, 18, 19]
+    for number in range(20, 26):
+        entry = store.begin(new_record(number))
+        sink = PlainSink(entry)
+        sink.write(memoryview(b"core"))
+        sink.finish()
+        entry.record.core = Core(state="stored", size_bytes=4, compression="none")
+        entry.finish()
+    assert [record.pid for _, record in store.records() if record is not None] == [21, 22, 23, 24, 25]
+    assert len([name for name in store.names() if name.endswith(".core")]) == 5
+    store.close()
+
+
+def new_record(pid: int) -> Record:
+    numbers = {"pid": pid, "tid": pid, "uid": 0, "gid": 0, "signal": 11, "time": 0, "core_limit": 0, "dumpable": 1}
+    return Record.of_numbers(comm=b"x", **numbers)
