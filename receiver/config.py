@@ -263,7 +263,7 @@ SETTINGS: tuple[Setting, ...] = (
         "4000",
         _whole(1, 1_000_000),
         "a whole number from 1 to 1000000",
-        "The records that are kept; the oldest go, first those without a core. One has a few KiB, at the most some 150.",
+        "The records that are kept; the oldest go, first those without a core. One has a few KiB, at most 150.",
     ),
     Setting(
         "secret_pattern",
