@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import subprocess
+import time
 from typing import TYPE_CHECKING
 
 import pytest
 
+from forwarder import rendezvous
 from tests.support.containers import Host, PlainContainer
 from tests.support.crash import crash
 from tests.support.mounts import CHECKOUT
@@ -17,6 +20,7 @@ from tests.support.waiting import read_line, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 pytestmark = pytest.mark.kernel
 
@@ -213,3 +217,38 @@ def _command_line(pid: int) -> bytes:
             return file.read()
     except (FileNotFoundError, ProcessLookupError):
         return b""
+
+
+def test_a_socket_that_is_swapped_is_not_the_one_that_was_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between look and connect(2) the name is another socket's: the connection goes to the one that was looked at."""
+    (tmp_path / "run").mkdir()
+    path = tmp_path / "run/core_pipe.socket"
+    seen, swapped = (socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) for _ in range(2))
+    with seen, swapped:
+        for listener in (seen, swapped):
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(path, tmp_path / "run/old")
+            listener.bind(str(path))
+            listener.listen(5)
+        os.rename(path, tmp_path / "run/other")
+        os.rename(tmp_path / "run/old", path)
+        look = rendezvous.find_socket
+
+        def look_and_swap(root: int) -> int:
+            found = look(root)
+            os.rename(tmp_path / "run/other", path)
+            return found
+
+        monkeypatch.setattr(rendezvous, "find_socket", look_and_swap)
+        root = os.open(tmp_path, os.O_PATH | os.O_DIRECTORY)
+        try:
+            rendezvous.connect(root, time.monotonic() + 5).channel.close()
+        finally:
+            os.close(root)
+        for listener, asked in ((seen, True), (swapped, False)):
+            listener.setblocking(False)
+            try:
+                listener.accept()[0].close()
+                assert asked
+            except BlockingIOError:
+                assert not asked
