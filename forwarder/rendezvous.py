@@ -140,7 +140,7 @@ def connect(root: int, deadline: float, other_than: os.stat_result | None = None
                 # (SO_LINGER on a full connection): the stub would hang, with the core.
                 sock.setsockopt(_socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
             except OSError:
-                # Before 6.16 (77cbe1a6d873) there is nothing to be done about it.
+                # Before 6.16 there is nothing to be done about it.
                 pass
             # Not settimeout(): it makes the socket non-blocking, and then a full backlog is EAGAIN at once.
             sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_SNDTIMEO, _struct.pack("ll", int(left), int(left % 1 * 1e6)))

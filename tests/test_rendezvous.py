@@ -178,6 +178,23 @@ def test_listener_that_is_not_root(forwarder: Forwarder, container: PlainContain
         process.end()
 
 
+def test_listener_that_is_root_in_a_namespace_of_his_own(forwarder: Forwarder, container: PlainContainer) -> None:
+    """A user of the container, where anybody may write to /run, is root by his own map, and so is his socket's owner."""
+    shell(container, "chmod 1777 /run")
+    script = (
+        f"import os,socket,time; s=socket.socket(socket.AF_UNIX); os.umask(0o177); s.bind('{SOCKET}');"
+        "s.listen(5); print('ready', os.geteuid(), flush=True); time.sleep(1e6)"
+    )
+    user = ["setpriv", "--reuid=1000", "--regid=1000", "--clear-groups", "unshare", "--user", "--map-root-user"]
+    process = container.popen([*user, "python3", "-c", script], stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        assert read_line(process.stdout.fileno(), 20, "the listener") == b"ready 0\n"
+        assert "its listener's user namespace does not own the process" in tried(forwarder, container)[0]
+    finally:
+        process.end()
+
+
 def test_fake_receiver_of_the_hosts_at_a_path_in_the_container(forwarder: Forwarder) -> None:
     """A process of the host that entered only the mount namespace listens there: it is not the container's."""
     with PlainContainer() as container, Host() as host:
@@ -220,7 +237,7 @@ def _command_line(pid: int) -> bytes:
 
 
 def test_a_socket_that_is_swapped_is_not_the_one_that_was_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between look and connect(2) the name is another socket's: the connection goes to the one that was looked at."""
+    """Between look and connect(2) the name is another socket's: the connection goes to the first."""
     (tmp_path / "run").mkdir()
     path = tmp_path / "run/core_pipe.socket"
     seen, swapped = (socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) for _ in range(2))
