@@ -179,7 +179,7 @@ def test_listener_that_is_not_root(forwarder: Forwarder, container: PlainContain
 
 
 def test_listener_that_is_root_in_a_namespace_of_his_own(forwarder: Forwarder, container: PlainContainer) -> None:
-    """A user of the container, where anybody may write to /run, is root by his own map, and so is his socket's owner."""
+    """Where anybody may write to /run: a user of the container is root by his own map, and so is his socket's owner."""
     shell(container, "chmod 1777 /run")
     script = (
         f"import os,socket,time; s=socket.socket(socket.AF_UNIX); os.umask(0o177); s.bind('{SOCKET}');"
