@@ -15,6 +15,7 @@ import os
 import time
 
 from forwarder import namespaces
+from receiver.cgroup import cgroup_path
 
 DIRECTORY = "/run/core_pipe_forwarder/flight"
 LIMIT_FILE = "/proc/sys/kernel/core_pipe_limit"
@@ -48,20 +49,6 @@ def container_of(cgroup: bytes) -> bytes:
         if part.startswith(b"user-") or not (part.endswith(b".slice") or part in _PARENTS):
             break
     return b"/" + b"/".join(kept)
-
-
-def cgroup_path(text: bytes) -> bytes:
-    """Return the path from a proc cgroup file: the unified hierarchy's, or on version 1 systemd's or the memory's."""
-    paths: dict[bytes, bytes] = {}
-    # Not splitlines(): a container may name a cgroup of its own with a carriage return.
-    for line in text.split(b"\n"):
-        parts = line.split(b":", 2)
-        if len(parts) == 3:
-            paths[parts[1]] = parts[2]
-    for wanted in (b"", b"name=systemd", b"memory"):
-        if paths.get(wanted, b"/") != b"/":
-            return paths[wanted]
-    return b"/"
 
 
 def key_of(task: int) -> str:

@@ -5,9 +5,8 @@ Import budget
 The kernel starts a Python for each crash, so each import here is paid by a process that waits in the kernel. Allowed on
 this path, and held by tests/test_stub.py: the interpreter's built-in modules (_signal, _socket, _struct, errno, fcntl,
 select, time), os with what it brings, and forwarder.{stub,apart,crash,share,namespaces,rendezvous,route,handoff}
-and
-receiver.{auxv,protocol}. No typing, no socket, no json, no logging, no dataclasses, no third-party package. What is
-rare (a crash that nobody takes) is imported where it is needed.
+and receiver.{auxv,cgroup,protocol}. No typing, no socket, no json, no logging, no dataclasses, no third-party package.
+What is rare (a crash that nobody takes) is imported where it is needed.
 
 It runs as `python -IBS` from a staged copy (`forwarder/install.py`): isolated from the environment and from site
 packages, never writing byte code at a crash, in the directory `/`, as root in the initial namespaces.

@@ -11,6 +11,7 @@ import re
 from typing import TYPE_CHECKING
 
 from receiver.auxv import is_secure
+from receiver.cgroup import cgroup_path
 from receiver.record import text
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ class Process:
         self._status(record)
         cgroup = self.read("cgroup", 8192)
         if cgroup:
-            record.cgroup = text(_cgroup(cgroup))
+            record.cgroup = text(cgroup_path(cgroup))
         limits = self.read("limits", 8192)
         if limits:
             record.limits = _limits(limits)
@@ -151,19 +152,6 @@ def mask(environment: bytes, secret: re.Pattern[str]) -> dict[str, str]:
 
 def _split(raw: bytes) -> list[bytes]:
     return raw.removesuffix(b"\0").split(b"\0") if raw else []
-
-
-def _cgroup(raw: bytes) -> bytes:
-    """Return the path in the unified hierarchy, or in systemd's or the memory's on version 1 (cgroups(7))."""
-    paths = {}
-    for line in raw.split(b"\n"):
-        number, controllers, path = [*line.split(b":", 2), b"", b""][:3]
-        if number:
-            paths[controllers] = path
-    for wanted in (b"", b"name=systemd", b"memory"):
-        if paths.get(wanted, b"/") not in (b"/", b""):
-            return paths[wanted]
-    return b"/"
 
 
 def _limits(raw: bytes) -> dict[str, dict[str, int | None]]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from receiver import protocol
 from receiver.capture import Reader, Stalled, TooLarge, sink_for
 from receiver.log import log
-from receiver.process import MAX_ARGUMENTS, MAX_ENVIRONMENT, Process, arguments, mask, user_may_read
+from receiver.process import MAX_ARGUMENTS, MAX_ENVIRONMENT, OVERFLOW_ID, Process, arguments, mask, user_may_read
 from receiver.protocol import Channel, Message, PeerGone, ProtocolError, printable
 from receiver.record import UNLIMITED, Core, Record, text
 from receiver.store import NoRoom, Store, StoreError, no_limit
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 # <linux/proc_ns.h>: PROC_PID_INIT_INO, the initial pid namespace.
 INITIAL_PID_NAMESPACE = 0xEFFFFFFC
-OVERFLOW_ID = 65534
 
 
 class Unwanted(Exception):

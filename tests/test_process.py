@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 from receiver import process as module
 from receiver.auxv import is_secure
+from receiver.cgroup import cgroup_path
 from receiver.config import Config
 from receiver.process import MASK, Process, arguments, mask, user_may_read
 from receiver.record import Record
@@ -305,7 +306,7 @@ def test_any_bytes_have_words(data: bytes) -> None:
     mask(data, SECRETS)
     words = module._split(data)
     assert b"\0".join(words) == data.removesuffix(b"\0")
-    assert module._cgroup(data).count(b"\n") == 0
+    assert cgroup_path(data).count(b"\n") == 0
     module._limits(data)
 
 
@@ -348,7 +349,7 @@ def test_a_second_value_of_the_same_name_does_not_show() -> None:
     ],
 )
 def test_cgroups(raw: bytes, path: bytes) -> None:
-    assert module._cgroup(raw) == path
+    assert cgroup_path(raw) == path
 
 
 def test_a_limit_of_very_many_digits_is_none() -> None:

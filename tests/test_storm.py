@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from forwarder.share import Share, cgroup_path, container_of
+from forwarder.share import Share, container_of
+from receiver.cgroup import cgroup_path
 from tests.support.containers import Container, PlainContainer, SystemdContainer
 from tests.support.crash import compile_crasher, crash, start_crash
 from tests.support.receivers import (

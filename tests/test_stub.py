@@ -38,6 +38,7 @@ BUDGET = {
     "forwarder.stub",
     "receiver",
     "receiver.auxv",
+    "receiver.cgroup",
     "receiver.protocol",
 }
 # os, and what it brings.
