@@ -41,8 +41,14 @@ def ask(work: Callable[[], Answer], deadline: float, let_go: Iterable[int]) -> M
     Raises Stuck. What `work` raises is the child's end, and Stuck here.
     """
     ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
-    # It is never waited for, since its end may hang as well: init reaps it, after the stub.
-    if os.fork() == 0:
+    try:
+        # It is never waited for, since its end may hang as well: init reaps it, after the stub.
+        pid = os.fork()
+    except OSError as error:
+        ours.close()
+        theirs.close()
+        raise Stuck(f"no process can be started to look ({error.strerror})") from None
+    if pid == 0:
         _be_the_child(work, theirs, ours, deadline, let_go)
     theirs.close()
     channel = Channel(ours)

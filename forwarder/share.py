@@ -74,7 +74,16 @@ class Share:
         self._fd = -1
 
     def take(self) -> str | None:
-        """Return None when the container has a share left, and count this crash; else why not. Raises OSError."""
+        """Return None when the container has a share left, and count this crash; else why not.
+
+        Where no count can be kept (/run is full, or read-only) nobody is over his share: a core that is lost is worse.
+        """
+        try:
+            return self._take()
+        except (OSError, ValueError):
+            return None
+
+    def _take(self) -> str | None:
         os.makedirs(self._directory, mode=0o700, exist_ok=True)
         lock = os.open(f"{self._directory}/.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
@@ -140,13 +149,17 @@ class Share:
         self._fd = -1
 
     def remember(self, pid: int) -> None:
-        """Go on counting a crash whose process stays in the kernel's dump, though nobody reads it. Raises OSError.
+        """Go on counting a crash whose process stays in the kernel's dump, though nobody reads it; where that can be.
 
         The kernel may wait there for a page of the process's memory, from a file system that never answers, and no
         SIGKILL ends that: the slot stays taken for as long.
         """
-        name = f"{self.key}{HANGING}{pid}.{namespaces.started(pid)}"
-        os.close(os.open(f"{self._directory}/{name}", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+        try:
+            path = f"{self._directory}/{self.key}{HANGING}{pid}.{namespaces.started(pid)}"
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+        except (OSError, ValueError):
+            # It has ended after all, or /run is full.
+            pass
 
 
 def _is_hanging(name: str) -> bool:

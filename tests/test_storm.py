@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import statistics
+import subprocess
 import sys
 import time
 from typing import TYPE_CHECKING
 
 import pytest
 
-from forwarder.share import Share, container_of
+from forwarder.share import DIRECTORY, Share, container_of
 from receiver.cgroup import cgroup_path
 from tests.support.containers import Container, PlainContainer, SystemdContainer
 from tests.support.crash import compile_crasher, crash, start_crash
@@ -131,6 +132,22 @@ def neighbours_latency(neighbour: PlainContainer) -> float:
     assert found.core_dumped
     assert found.seconds is not None
     return found.seconds
+
+
+@pytest.mark.kernel
+def test_a_count_that_cannot_be_kept_costs_no_core() -> None:
+    """The host's /run is full: then crashes are not counted, but they are stored."""
+    directory = os.path.dirname(DIRECTORY)
+    os.makedirs(directory, mode=0o700, exist_ok=True)
+    with forwarder_installed() as forwarder, PlainContainer() as container, resident(container):
+        # One inode, which is the root: nothing can be made in there.
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "nr_inodes=1", "full", directory], check=True)
+        try:
+            assert crash(container, "SEGV").core_dumped
+            assert wait_for_records(container)[0]["core"]["state"] == "stored"
+            assert forwarder.records() == []
+        finally:
+            subprocess.run(["umount", directory], check=True)
 
 
 @pytest.mark.parametrize(
