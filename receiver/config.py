@@ -19,7 +19,10 @@ _MAX_FILE = 65536  # bytes
 _MAX_SHOWN = 20  # problems in one error: a file of rubbish must not fill the journal at each crash
 _MAX_SIZE = (1 << 63) - 1  # off_t
 _MAX_SECONDS = 366 * 86400.0
+_MAX_AGE = 100 * _MAX_SECONDS
+_MAX_RULES = 256  # of keep_for: each is tried at each crash
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_TIMES = {"s": 1, "min": 60, "h": 3600, "d": 86400}
 
 # Too much is masked rather than too little: AUTHOR is no secret, but OAUTH is. `_PWD`, as in MYSQL_PWD, and not PWD.
 # Passwords within an URL stay: their variables have no name in common.
@@ -57,7 +60,7 @@ class ConfigError(ValueError):
 
 
 class Limit:
-    """A number of bytes, or a share of a file system."""
+    """A number of bytes (or of inodes), or a share of what a file system has of them."""
 
     __slots__ = ("_bytes", "_thousandths")
 
@@ -67,7 +70,7 @@ class Limit:
         self._thousandths = None if percent is None else round(percent * 1000)
 
     def bytes_of(self, filesystem_total: int) -> int:
-        """Return the limit in bytes on a file system of that many bytes."""
+        """Return the limit in bytes on a file system of that many bytes; likewise for inodes."""
         if self._thousandths is None:
             return self._bytes
         return filesystem_total * self._thousandths // 100_000
@@ -183,8 +186,63 @@ def _limit_or_off(text: str) -> Limit | None:
         return Limit(size=_size(text))
     percent = _decimal(text[:-1], "is not a percentage")
     if percent > 100:
-        raise ValueError("is more than the whole file system")
+        raise ValueError("is more than the whole")
     return Limit(percent=percent)
+
+
+def _inodes_or_off(text: str) -> Limit | None:
+    if text == "off" or text.endswith("%"):
+        return _limit_or_off(text)
+    value = _whole_size(text, "is neither a whole number nor a percentage")
+    if value > _MAX_SIZE:
+        raise ValueError("is more than any file system has")
+    return Limit(size=value)
+
+
+def _whole_or_off(least: int, most: int) -> Callable[[str], int | None]:
+    parse = _whole(least, most)
+    return lambda text: None if text == "off" else parse(text)
+
+
+def duration(text: str) -> float:
+    """Return 30d, 12h, 90min, 45s or plain seconds as seconds. Raises ValueError whose text completes "'...' "."""
+    number = text.rstrip("dhimns")
+    unit = text[len(number) :]
+    problem = "is not a duration"
+    if unit and unit not in _TIMES:
+        raise ValueError(problem)
+    value = _decimal(number, problem) * _TIMES.get(unit, 1)
+    if not 1 <= value <= _MAX_AGE:
+        raise ValueError("is out of range")
+    return value
+
+
+def _age_or_off(text: str) -> float | None:
+    return None if text == "off" else duration(text)
+
+
+def _keep(text: str) -> str | int:
+    if text in ("full", "stacks"):
+        return text
+    return _size(text)
+
+
+def _keep_for(text: str) -> tuple[tuple[str, str | int], ...]:
+    rules = []
+    for word in () if text == "off" else text.split():
+        # From the right: a pattern may have a '=' of its own, and a value has none.
+        pattern, _, value = word.rpartition("=")
+        if not pattern:
+            raise ValueError("is no list of pattern=value")
+        if "\0" in word or len(pattern) > 4096:
+            raise ValueError("has a pattern that no path can match")
+        try:
+            rules.append((pattern, _keep(value)))
+        except ValueError:
+            raise ValueError("has a value that is neither 'full', 'stacks' nor a size") from None
+    if len(rules) > _MAX_RULES:
+        raise ValueError(f"has more than {_MAX_RULES} rules")
+    return tuple(rules)
 
 
 def _pattern(text: str) -> str:
@@ -214,6 +272,8 @@ _LIMIT_TEXT = (
     "or a percentage of the store's file system, such as 10%; 'off' for no limit"
 )
 
+_KEEP_TEXT = "'full', 'stacks', or a size: bytes, or a number with K, M, G or T (powers of 1024), such as 512M"
+
 SETTINGS: tuple[Setting, ...] = (
     Setting(
         "store",
@@ -238,18 +298,68 @@ SETTINGS: tuple[Setting, ...] = (
         "zstd's level. The crashed process is held until its core is read: a slow level is a slow restart.",
     ),
     Setting(
+        "compression_threads",
+        "1",
+        _whole(0, 8),
+        "a whole number from 0 to 8",
+        "The threads that compress, beside the one that reads the core. With 0 that one does both.",
+    ),
+    Setting(
         "core_max",
         "32G",
         _size_or_off,
         _SIZE_TEXT,
-        "The largest core that is stored, counted before compression. A larger one leaves a record without it.",
+        "The largest core that is stored whole, counted before compression. A larger one is reduced: what a debugger "
+        "needs most is stored, within this size, and the rest is marked absent. The soft core limit of the process "
+        "(ulimit -c), when it is less, is kept to in the same way.",
+    ),
+    Setting(
+        "keep",
+        "full",
+        _keep,
+        _KEEP_TEXT,
+        "What is kept of a core. 'stacks': every thread's registers and stack, and what names its functions, which is "
+        "enough for backtraces. A size: as much as fits in it before compression, the most useful first.",
+    ),
+    Setting(
+        "keep_for",
+        "off",
+        _keep_for,
+        f"pattern=value, any number of them with spaces between; a value is {_KEEP_TEXT}; 'off' for none",
+        "What is kept of some programs' cores, instead of what 'keep' says: 'java=512M /usr/lib/*=stacks'. The "
+        "patterns are the shell's (a * matches a / too), for the path of the executable, its last part, or the name of "
+        "the process; the first that matches counts.",
     ),
     Setting(
         "store_max",
         "10%",
         _limit_or_off,
         _LIMIT_TEXT,
-        "The most that all cores together take up in the store.",
+        "The most that all cores together take up in the store, on disk. Before a new one takes more, old ones go: the "
+        "oldest of the user whose cores take up most.",
+    ),
+    Setting(
+        "user_max",
+        "off",
+        _limit_or_off,
+        "bytes, a number with K, M, G or T (powers of 1024), such as 512M, or a percentage of store_max, such as 25% "
+        "(of the store's file system when store_max is off); 'off' for no limit",
+        "The most that the cores of one user (uid) take up in the store. Before a new one takes more, old ones of that "
+        "user go.",
+    ),
+    Setting(
+        "cores_max",
+        "1000",
+        _whole_or_off(1, 1_000_000),
+        "a whole number from 1 to 1000000; 'off' for no limit",
+        "The cores that are kept. Before there is one more, an old one goes, as for store_max.",
+    ),
+    Setting(
+        "age_max",
+        "off",
+        _age_or_off,
+        "a number with d (days), h (hours), min or s, such as 30d, or seconds; 'off' for no limit",
+        "How long a core is kept. Older ones go at the next crash, or with `corepipectl prune`; their records stay.",
     ),
     Setting(
         "keep_free",
@@ -257,6 +367,43 @@ SETTINGS: tuple[Setting, ...] = (
         _limit_or_off,
         _LIMIT_TEXT,
         "The free space that is left to others on the store's file system.",
+    ),
+    Setting(
+        "keep_free_inodes",
+        "5%",
+        _inodes_or_off,
+        "a whole number, or a percentage of the inodes of the store's file system, such as 10%; 'off' for no limit",
+        "The free inodes (files that can still be made) that are left to others on the store's file system.",
+    ),
+    Setting(
+        "same_max",
+        "20",
+        _whole_or_off(1, 1_000_000),
+        "a whole number from 1 to 1000000; 'off' for no limit",
+        "The cores that are kept of the same crash (by its signature: executable, signal, innermost functions) within "
+        "same_seconds. Those after them leave a record without a core.",
+    ),
+    Setting(
+        "same_seconds",
+        "3600",
+        _seconds(1),
+        "seconds, from 1 to a year",
+        "The time that same_max is counted in.",
+    ),
+    Setting(
+        "loop_max",
+        "50",
+        _whole_or_off(1, 1_000_000),
+        "a whole number from 1 to 1000000; 'off' for no limit",
+        "The cores that are kept of one executable within loop_seconds, whatever it crashes of. Those after them leave "
+        "a record without a core.",
+    ),
+    Setting(
+        "loop_seconds",
+        "600",
+        _seconds(1),
+        "seconds, from 1 to a year",
+        "The time that loop_max is counted in.",
     ),
     Setting(
         "records_max",
@@ -309,9 +456,16 @@ _BY_NAME = {setting.name: setting for setting in SETTINGS}
 class Config:
     """The settings as values. Immutable; `Config()` has the defaults, `Config(workers=2)` all but one of them.
 
-    store: absolute path. compression: "zstd" or "none". compression_level: zstd's.
+    store: absolute path. compression: "zstd" or "none". compression_level: zstd's. compression_threads: beside the
+    reading one.
     core_max: bytes before compression, None for no limit.
+    keep: "full", "stacks", or bytes before compression. keep_for: (shell pattern, value like keep's), in their order;
+    `keep_of` tells which counts.
     store_max, keep_free: None for no limit, else ask `bytes_of` with the size of the store's file system.
+    user_max: likewise, with what store_max comes to, or the size of the file system when that is None.
+    keep_free_inodes: likewise, with the inodes of the file system.
+    cores_max, same_max, loop_max: counts, None for no limit. age_max: seconds, None for no limit.
+    same_seconds, loop_seconds: seconds.
     records_max: a count.
     secret_pattern: a valid regular expression, to be searched for (not matched) with re.IGNORECASE.
     idle_seconds (0.0: never leave), offer_seconds, stall_seconds: seconds. workers: a count.
@@ -322,9 +476,20 @@ class Config:
     store: str
     compression: str
     compression_level: int
+    compression_threads: int
     core_max: int | None
+    keep: str | int
+    keep_for: tuple[tuple[str, str | int], ...]
     store_max: Limit | None
+    user_max: Limit | None
+    cores_max: int | None
+    age_max: float | None
     keep_free: Limit | None
+    keep_free_inodes: Limit | None
+    same_max: int | None
+    same_seconds: float
+    loop_max: int | None
+    loop_seconds: float
     records_max: int
     secret_pattern: str
     idle_seconds: float
@@ -340,6 +505,17 @@ class Config:
         for setting in SETTINGS:
             value = values[setting.name] if setting.name in values else setting.parse(setting.default)
             object.__setattr__(self, setting.name, value)
+
+    def keep_of(self, exe: str | None, comm: str) -> str | int:
+        """Return what is kept of a core, by the path of the executable and the process's name (comm)."""
+        if self.keep_for:
+            from fnmatch import fnmatchcase  # noqa: PLC0415  (import budget)
+
+            names = {comm, *((exe, exe.rpartition("/")[2]) if exe else ())}
+            for pattern, value in self.keep_for:
+                if any(fnmatchcase(name, pattern) for name in names):
+                    return value
+        return self.keep
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"a Config does not change; make a new one instead of setting '{name}'")

@@ -6,9 +6,11 @@ Names in it, ID being the record's::
     .ID.json                a crash being written: the record if it ends now. Locked by its worker while he lives
     .ID.core                its core so far
     .ID.room                how much of the store it may use: a sparse file whose size is the number
+    .ID.hold                blocks for its final record, taken beforehand: a full disk must not cost the record
     .ID.final               its final record: from here on it is complete, and whoever finds it finishes the renames
     .*.new                  a file of one of these names that is being written, under the lock
     .lock                   held (flock) while names come and go and while room is given
+    .history                what crashed lately, see receiver/history.py
 
 A name is opened relative to the directory's descriptor, made with O_EXCL and never followed; the directory must be
 writable by its owner only, so nobody can prepare, swap or guess one (H12).
@@ -25,21 +27,47 @@ import stat
 import struct
 import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 from receiver.record import Core, Record
+from receiver.retention import (
+    CORE_SUFFIXES,
+    FULL,
+    RECORDS,
+    Limits,
+    NoRoom,
+    Report,
+    Retention,
+    limits_of,
+    names_in,
+    no_limit,
+    stamp,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
+
+    from receiver.config import Config
+
+__all__ = ["CORE_SUFFIXES", "RECORDS", "Entry", "Limits", "NoRoom", "Report", "Store", "StoreError", "no_limit"]
 
 DEFAULT = "/var/lib/core_pipe"
-CORE_SUFFIXES = {"zstd": ".core.zst", "none": ".core"}
+T = TypeVar("T")
+
 INTERRUPTED = "interrupted: the receiver ended before the core was complete"
+PRUNED = "pruned: it was removed on request (corepipectl prune)"
 MAX_RECORD = 1 << 20
-# Records outlive their cores, but not for ever: a crash loop writes nothing else (gardenlinux#1226).
-RECORDS = 4000
+# What a record gains between the pending one and the final one: the reason, the signature and its frames.
+HOLD = 16 << 10
+# btrfs over its quota refuses all but the removal of files; with so much given back it does the rest again.
+BTRFS_SLACK = 2 << 20
+BLOCK = 4096
+# Cores that go for one record that the disk has no room for. One is enough, unless others take what it leaves.
+FOR_A_RECORD = 3
 # Names come and go in microseconds; who holds the lock longer is stuck.
 LOCK_SECONDS = 10.0
+LOCK_POLL_SECONDS = 0.002
 ID = re.compile(r"[0-9]{8}T[0-9]{6}-[0-9]{6}-[0-9]{1,20}-[0-9a-f]{8}")
 
 
@@ -47,33 +75,10 @@ class StoreError(Exception):
     """The store cannot be used. The text is a fact and what to do."""
 
 
-class NoRoom(Exception):
-    """A limit of the store does not allow more. The text names the limit."""
-
-
-def no_limit(_filesystem_total: int) -> None:
-    """Stand for a limit that is off."""
-
-
-class Usage(NamedTuple):
-    """What a store holds, in bytes on disk, from the point of view of one crash.
-
-    stored: cores that are there. promised: what the others that are being written may take. outstanding: what they have
-    not taken of that yet. own: what this one has taken.
-    """
-
-    stored: int
-    promised: int
-    outstanding: int
-    own: int
-
-
 class Store:
-    """A store's directory. Owns its descriptor, whose position listings move: each process opens its own.
+    """A store's directory. Owns its descriptor.
 
-    limit: asked for the largest total of stored bytes, given the bytes of the file system; None for no limit.
-    keep_free: likewise, how many bytes to leave free in the file system.
-    records: how many records to keep.
+    limits: what it may hold. limit, keep_free, records: in their place, store_max, keep_free and records_max of them.
     """
 
     def __init__(
@@ -83,13 +88,13 @@ class Store:
         limit: Callable[[int], int | None] = no_limit,
         keep_free: Callable[[int], int | None] = no_limit,
         records: int = RECORDS,
+        limits: Limits | None = None,
         create: bool = True,
     ) -> None:
         """Open the directory, and make it when it is not there. Raises StoreError."""
         self.path = path
-        self._limit = limit
-        self._keep_free = keep_free
-        self._records = records
+        self.limits = limits or Limits(store_max=limit, keep_free=keep_free, records_max=records)
+        self._retention = Retention(self, self.limits)
         try:
             if create and not os.path.isdir(path):
                 os.makedirs(path, exist_ok=True)
@@ -109,6 +114,19 @@ class Store:
                 f"put files there. Run: chown {os.geteuid()} {path} && chmod 0755 {path}"
             )
 
+    def _take_hold(self, hold: str, name: str) -> int:
+        """Give a file that holds blocks another name, and open it: -1 when there is none."""
+        try:
+            os.rename(hold, name, src_dir_fd=self.directory, dst_dir_fd=self.directory)
+            return self._open(name, os.O_WRONLY | os.O_NONBLOCK)
+        except FileNotFoundError:
+            return -1
+
+    @classmethod
+    def configured(cls, config: Config, *, path: str | None = None, create: bool = True) -> Store:
+        """Open the store that the settings name (or another at `path`), with their limits. Raises StoreError."""
+        return cls(path or config.store, limits=limits_of(config), create=create)
+
     def close(self) -> None:
         os.close(self.directory)
 
@@ -127,7 +145,7 @@ class Store:
                         raise StoreError(
                             f"{self.path}/.lock has been held for {LOCK_SECONDS:g} s. Find its holder with 'lslocks'"
                         ) from None
-                    time.sleep(0.002)
+                    time.sleep(LOCK_POLL_SECONDS)
             yield
         finally:
             os.close(fd)
@@ -141,16 +159,23 @@ class Store:
         except FileNotFoundError:
             pass
 
-    def _write(self, name: str, data: bytes, *, readers: int | None = None, sync: bool = True) -> None:
+    def _write(
+        self, name: str, data: bytes, *, readers: int | None = None, sync: bool = True, hold: str | None = None
+    ) -> None:
         """Write a file whole, or not at all under its name.
 
+        hold: a file whose blocks are used for it, and its name with them, when it is there.
         Call it with the lock held: what it leaves when it is killed, `recover` clears away under the lock.
         """
         temporary = f".{name.removeprefix('.')}.new"
         self._unlink(temporary)
-        fd = self._open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        fd = self._take_hold(hold, temporary) if hold is not None else -1
+        if fd < 0:
+            fd = self._open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
             write_all(fd, data)
+            # What a hold has too much goes before anything else could want a block: an access list may.
+            os.ftruncate(fd, len(data))
             publish_mode(fd, readers)
             if sync:
                 os.fsync(fd)
@@ -162,35 +187,113 @@ class Store:
         os.rename(temporary, name, src_dir_fd=self.directory, dst_dir_fd=self.directory)
 
     def begin(self, record: Record) -> Entry:
-        """Begin to keep a crash: from now on it leaves a record whatever happens. Raises OSError, StoreError."""
+        """Begin to keep a crash: from now on it leaves a record whatever happens. Raises OSError, StoreError.
+
+        When the disk is full old cores go for it.
+        """
         with self.locked():
-            self._forget_oldest()
-            fd = self._open(f".{record.id}.json", os.O_RDWR | os.O_CREAT | os.O_EXCL)
+            self._make_way(files=2)
+            return Entry(self, record, self._insist(lambda: self._begin(record)))
+
+    def _begin(self, record: Record) -> int:
+        """Write a pending record and take the blocks for the final one. Returns the record's descriptor, locked."""
+        fd = self._open(f".{record.id}.json", os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        try:
+            # Before anybody else may look for those whose worker is gone.
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            was, record.core = record.core, Core(reason=INTERRUPTED)
             try:
-                # Before anybody else may look for those whose worker is gone.
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                was, record.core = record.core, Core(reason=INTERRUPTED)
-                write_all(fd, record.dumps())
+                data = record.dumps()
+            finally:
                 record.core = was
-                # What `recover` makes visible of it looks like every record.
-                publish_mode(fd, None)
-            except BaseException:
-                os.close(fd)
-                self._unlink(f".{record.id}.json")
-                raise
-        return Entry(self, record, fd)
+            write_all(fd, data)
+            # What `recover` makes visible of it looks like every record.
+            publish_mode(fd, None)
+            self._hold(f".{record.id}.hold", len(data) + HOLD + (BTRFS_SLACK if self._retention.on_btrfs() else 0))
+        except BaseException:
+            os.close(fd)
+            self._unlink(f".{record.id}.json")
+            raise
+        return fd
+
+    def _hold(self, name: str, size: int) -> None:
+        """Make a file whose blocks are there before there is anything to write. Raises OSError."""
+        size = -(-size // BLOCK) * BLOCK
+        fd = self._open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        try:
+            try:
+                os.posix_fallocate(fd, 0, size)
+            except OSError as error:
+                if error.errno in FULL:
+                    raise
+                # Not every file system can promise (and not every C library does it by hand then): zeros hold the place
+                # as well, where blocks are written over.
+                write_all(fd, bytes(size))
+        except BaseException:
+            self._unlink(name)
+            raise
+        finally:
+            os.close(fd)
+
+    def _trim(self, name: str, size: int) -> None:
+        """Give back what a hold has beyond this size, when it is there. Call it with the lock held. Raises OSError."""
+        try:
+            fd = self._open(name, os.O_WRONLY | os.O_NONBLOCK)
+        except FileNotFoundError:
+            return
+        try:
+            if os.fstat(fd).st_size > size:
+                os.ftruncate(fd, size)
+        finally:
+            os.close(fd)
+
+    def on_btrfs(self) -> bool:
+        """Whether the store is on btrfs, which needs free blocks for whatever it does but to remove a file."""
+        return self._retention.on_btrfs()
+
+    def spend_hold(self, owner: str) -> bool:
+        """Remove a crash's hold, and see its blocks free. Returns whether there was one. Call it with the lock held."""
+        name = f".{owner}.hold"
+        if name not in self.names():
+            return False
+        self._unlink(name)
+        self._retention.settle_btrfs()
+        return True
+
+    def _make_way(self, *, files: int) -> None:
+        """Before one more crash: let go of what is too much. Call it with the lock held."""
+        self._forget_oldest()
+        try:
+            self._retention.tidy()
+            self._retention.spare_inodes(files)
+        except OSError:
+            # What cannot be removed now stays, and the limits hold at the first byte of a core.
+            pass
+
+    def _insist(self, write: Callable[[], T]) -> T:
+        """Write what belongs to a record, and let old cores go when the disk is full. Call it with the lock held.
+
+        Raises what `write` raises when that is something else, or when there is no core left.
+        """
+        for _ in range(FOR_A_RECORD):
+            try:
+                return write()
+            except OSError as error:
+                if error.errno not in FULL or not self._retention.relieve_record():
+                    raise
+        return write()
 
     def add_record(self, record: Record) -> None:
         """Keep a record that has no core. Raises OSError, StoreError."""
         with self.locked():
-            self._forget_oldest()
-            self._write(f"{record.id}.json", record.dumps())
+            self._make_way(files=1)
+            self._insist(lambda: self._write(f"{record.id}.json", record.dumps()))
 
     def _forget_oldest(self) -> None:
         """Make room for one more record: the oldest go, first those that have no core. Call it with the lock held."""
         names = [name for name in self.names() if not name.startswith(".")]
         records = [name for name in names if name.endswith(".json")]
-        excess = len(records) + 1 - self._records
+        excess = len(records) + 1 - self.limits.records_max
         if excess <= 0:
             return
         cores = {name.split(".")[0]: name for name in names if name.endswith(tuple(CORE_SUFFIXES.values()))}
@@ -201,84 +304,82 @@ class Store:
             self._unlink(name)
 
     def names(self) -> list[str]:
-        return os.listdir(self.directory)
-
-    def _usage(self, owner: str | None) -> Usage:
-        """Count what the store holds, from the point of view of one crash (its id)."""
-        stored = promised = outstanding = 0
-        rooms: dict[str, int] = {}
-        written: dict[str, int] = {}
-        for name in self.names():
-            core = name.endswith(tuple(CORE_SUFFIXES.values()))
-            if not core and not name.endswith(".room"):
-                continue
-            try:
-                found = os.stat(name, dir_fd=self.directory, follow_symlinks=False)
-            except FileNotFoundError:
-                continue
-            whose = name.removeprefix(".").split(".")[0]
-            if not core:
-                rooms[whose] = found.st_size
-            elif name.startswith("."):
-                written[whose] = found.st_blocks * 512
-            else:
-                stored += found.st_blocks * 512
-        for whose, room in rooms.items():
-            if whose != owner:
-                promised += room
-                outstanding += max(0, room - written.get(whose, 0))
-        return Usage(stored, promised, outstanding, own=written.get(owner or "", 0))
+        return names_in(self.directory)
 
     def used(self) -> int:
         """Return the bytes that cores take, on disk or promised to their workers."""
-        found = self._usage(None)
+        found = self._retention.survey()
         return found.stored + found.promised
 
-    def make_room(self, owner: str, wanted: int, *, evict: bool = True) -> None:
+    def usage(self) -> Report:
+        """Say what the store holds, by user and by program, and what its limits still allow. Raises OSError."""
+        return self._retention.report(self.records())
+
+    def prune(
+        self,
+        *,
+        to: int | None = None,
+        older_than: float | None = None,
+        match: Callable[[Record], bool] | None = None,
+        now: float | None = None,
+        dry_run: bool = False,
+    ) -> list[Record]:
+        """Remove cores, the oldest first; their records stay. Returns those as they were. Raises OSError, StoreError.
+
+        to: only until all cores that are there take no more than so many bytes on disk. older_than: only those that
+        came more than so many seconds before `now` (since the epoch). match: only those of whose record this is true.
+        Without any of them, all go. dry_run: remove none.
+        """
+        survey = self._retention.survey()
+        cores = survey.cores
+        if older_than is not None:
+            before = stamp((time.time() if now is None else now) - older_than)
+            cores = [core for core in cores if core.owner < before]
+        total = survey.stored
+        pruned = []
+        for core in cores:
+            if to is not None and total <= to:
+                break
+            try:
+                record = self._read(f"{core.owner}.json")
+            except (OSError, ValueError):
+                record = None
+            if match is not None and (record is None or not match(record)):
+                continue
+            if not dry_run:
+                # Each on its own, so that crashes come in between.
+                with self.locked():
+                    self.drop_core(core.owner, core.name, PRUNED)
+            total -= core.size
+            if record is not None:
+                pruned.append(record)
+        return pruned
+
+    def make_room(self, owner: str, wanted: int, *, evict: bool = True) -> bool:
         """See to it that the core of one crash may take `wanted` bytes. Raises NoRoom.
 
-        evict: remove the oldest cores where that helps; none goes in vain. Call it with the lock held.
+        evict: remove old cores where that helps; none goes in vain. Call it with the lock held, and again when it
+        returns False: there is more to remove than others should wait for.
         """
-        while True:
-            system = os.fstatvfs(self.directory)
-            whole = system.f_blocks * system.f_frsize
-            limit, keep_free = self._limit(whole), self._keep_free(whole) or 0
-            usage = self._usage(owner)
-            if limit is not None and wanted > limit:
-                raise NoRoom(f"it takes more than the store may hold in all (store_max, {limit} bytes)")
-            if limit is not None and usage.promised + wanted > limit:
-                raise NoRoom(f"cores being written take up the store's total (store_max, {limit} bytes)")
-            # A file system that does not tell its size (ramfs, some of FUSE's) does not tell what is free either.
-            missing = keep_free + usage.outstanding + max(0, wanted - usage.own) - system.f_bavail * system.f_frsize
-            if whole and missing > usage.stored:
-                raise NoRoom(f"the file system has to keep {keep_free} bytes free (keep_free)")
-            if limit is not None and usage.stored + usage.promised + wanted > limit:
-                setting = "store_max"
-            elif whole and missing > 0:
-                setting = "keep_free"
-            else:
-                return
-            if not (evict and self._evict_oldest(setting)):
-                raise NoRoom(f"older cores take up the room ({setting})")
+        return self._retention.make_room(owner, wanted, evict=evict)
 
-    def _evict_oldest(self, why: str) -> bool:
-        """Remove the oldest core, and say so in its record. Returns whether there was one."""
-        suffixes = tuple(CORE_SUFFIXES.values())
-        cores = sorted(name for name in self.names() if not name.startswith(".") and name.endswith(suffixes))
-        if not cores:
-            return False
-        self._unlink(cores[0])
-        owner = cores[0].split(".")[0]
+    def relieve(self, size: int) -> bool:
+        """Free at least `size` bytes when old cores have so many. Returns whether any went. Raises StoreError."""
+        with self.locked():
+            return self._retention.relieve(size)
+
+    def drop_core(self, owner: str, name: str, reason: str) -> Record | None:
+        """Remove a core's file, and say why in its record, which is returned. Call it with the lock held."""
+        self._unlink(name)
         try:
-            record = self.load(owner)
-            record.core = Core(
-                reason=f"evicted: newer cores needed its room ({why})", size_bytes=record.core.size_bytes
-            )
+            # Not load(): the file is gone, and that is no news.
+            record = self._read(f"{owner}.json")
+            _without_core(record, reason)
             self._rewrite(record)
         except (OSError, ValueError):
-            # It had no readable record; its core is gone all the same.
-            pass
-        return True
+            # It had no readable record, or there is no room to rewrite it; its core is gone all the same.
+            return None
+        return record
 
     def _rewrite(self, record: Record) -> None:
         """Replace a record, and leave its readers as they are."""
@@ -330,7 +431,7 @@ class Store:
                 os.close(self.open_core(record))
             except FileNotFoundError:
                 # By hand, or by an eviction whose worker was killed before it had said so.
-                record.core = Core(reason="its file is not in the store any more", size_bytes=record.core.size_bytes)
+                _without_core(record, "its file is not in the store any more")
             except OSError:
                 pass
         return record
@@ -378,6 +479,20 @@ class Store:
             raise failure
         return found
 
+    def recover_stale(self, owners: Iterable[str]) -> bool:
+        """Bring those to their end whose worker is gone. Returns whether there was one. Call it with the lock held."""
+        found = False
+        for owner in owners:
+            name = f".{owner}.json"
+            try:
+                if ID.fullmatch(owner):
+                    self._take_over(owner)
+                    found = found or name not in self.names()
+            except OSError:
+                # Another one's turn, and `recover` says what is wrong with this one.
+                pass
+        return found
+
     def _take_over(self, owner: str) -> bool:
         """Bring a crash to its end whose worker is gone. Returns whether it has a record now. Raises OSError."""
         try:
@@ -414,7 +529,7 @@ class Store:
                 recorded = False
             else:
                 self._publish(f".{owner}.json", f"{owner}.json")
-        for suffix in ("core", "room", "final", "final.new", "json"):
+        for suffix in ("core", "room", "hold", "final", "final.new", "json"):
             self._unlink(f".{owner}.{suffix}")
         os.fsync(self.directory)
         return recorded
@@ -456,47 +571,149 @@ class Store:
                 raise
 
 
+def _without_core(record: Record, reason: str) -> None:
+    """Say that a core is gone. What it was stays: its size, and how much of the whole that had been."""
+    record.core.state = "none"
+    record.core.reason = reason
+    record.core.path = record.core.compression = None
+    record.core.stored_bytes = record.core.file_bytes = 0
+
+
+def blocks_of(size: int) -> int:
+    """Return bytes as whole blocks, in bytes: no file takes less."""
+    return -(-size // BLOCK) * BLOCK
+
+
+def map_of(size: int) -> int:
+    """Return the most bytes that a file system's map of a file takes which has so many bytes in it.
+
+    A page that lies alone among holes wants an entry of its own; a block has 340 on ext4.
+    """
+    return blocks_of(size // 256)
+
+
 class Entry:
     """A crash that is being written. Owns the lock on its pending record, and its core's file."""
 
-    # Room is asked for in steps, so that the store is not counted at each write. No file takes less than whole blocks.
+    # Room is asked for in steps, so that the store is not counted at each write. What was given and is no more wanted
+    # goes back when it is much.
     STEP = 8 << 20
-    BLOCK = 4096
+    SPARE = 4 * STEP
 
     def __init__(self, store: Store, record: Record, lock: int) -> None:
         self.store = store
         self.record = record
         self._lock = lock
-        self._room = 0
+        # What grow() was asked for last, and up to where it need not look.
+        self._size = 0
+        self._granted = 0
         self._sealed = False
         self.core = -1
 
     def open_core(self) -> int:
-        """Return the file for the core, write-only. The entry owns it. Raises OSError."""
-        self.core = self.store._open(f".{self.record.id}.core", os.O_WRONLY | os.O_CREAT | os.O_EXCL)  # noqa: SLF001
+        """Return the file for the core, write-only. The entry owns it. Raises OSError, StoreError."""
+        name, flags = f".{self.record.id}.core", os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        try:
+            self.core = self.store._open(name, flags)  # noqa: SLF001
+        except OSError as error:
+            if error.errno not in FULL or not self.relieve(0):
+                raise
+            self.core = self.store._open(name, flags)  # noqa: SLF001
         return self.core
 
     def grow(self, size: int) -> None:
-        """Make sure that the core's file may have `size` bytes. Raises NoRoom, OSError, StoreError."""
-        if size <= self._room:
+        """Make sure that the core's file may have `size` bytes on disk from now on. Raises NoRoom, OSError, StoreError.
+
+        To be called before they are written. A smaller size than before (what was written was taken back: the holes
+        must be in the file already) never fails.
+        """
+        written, self._size = self._size, size
+        if size <= self._granted <= size + self.SPARE:
             return
-        name = f".{self.record.id}.room"
+        while not self._grow(size, written):
+            # Many old cores have to go: others come in between, who look for the lock every few milliseconds.
+            time.sleep(2 * LOCK_POLL_SECONDS)
+
+    def _grow(self, size: int, written: int) -> bool:
+        """Take one more step to having room. Returns whether it is done. Raises as grow() does."""
         with self.store.locked():
-            # Old cores go for what is needed, not for the convenience of a whole step.
-            for step, evict in ((self.STEP, False), (0, False), (min(size // 4, self.STEP), True), (0, True)):
-                wanted = -(-(size + step) // self.BLOCK) * self.BLOCK
+            extra, taken = self._extra(size, written)
+            if size <= self._granted:
+                self._set_room(max(blocks_of(size + self.STEP) + extra, taken), size + self.STEP)
+                return True
+            # Old cores go for what is needed, not for the convenience of a whole step, nor for what a map may want.
+            for step, most, evict in (
+                (self.STEP, True, False),
+                (self.STEP // 8, True, False),
+                (0, True, False),
+                (0, False, False),
+                (min(size // 4, self.STEP), False, True),
+                (0, False, True),
+            ):
+                wanted = blocks_of(size + step) + max(extra, map_of(size + step) if most else 0)
                 try:
-                    self.store.make_room(self.record.id, wanted, evict=evict)
+                    if not self.store.make_room(self.record.id, wanted, evict=evict):
+                        return False
                     break
                 except NoRoom:
                     if evict and not step:
                         raise
-            fd = self.store._open(name, os.O_WRONLY | os.O_CREAT | (0 if self._room else os.O_EXCL))  # noqa: SLF001
-            try:
-                os.ftruncate(fd, wanted)
-            finally:
-                os.close(fd)
-            self._room = wanted
+            self._set_room(wanted, size + step)
+            return True
+
+    def _extra(self, size: int, written: int) -> tuple[int, int]:
+        """Return the bytes that the file takes beside what is in it, for its file system's map, and what it has in all.
+
+        written: what it has at the most, so that the rest is known to be the map, or blocks taken beforehand (XFS).
+        """
+        if self.core < 0:
+            return 0, 0
+        found = os.fstat(self.core)
+        taken = found.st_blocks * 512
+        extra = max(0, taken - blocks_of(written))
+        if found.st_size > taken:
+            extra = max(extra, map_of(size + self.STEP))
+        return extra, taken
+
+    def _set_room(self, room: int, granted: int) -> None:
+        """Say how much the core may take, and how much of it may be written. Raises NoRoom, OSError."""
+        flags = os.O_WRONLY | (0 if self._granted else os.O_CREAT | os.O_EXCL)
+        try:
+            fd = self.store._open(f".{self.record.id}.room", flags)  # noqa: SLF001
+        except OSError as error:
+            if error.errno in FULL:
+                raise NoRoom("the file system or its quota is full") from None
+            raise
+        try:
+            os.ftruncate(fd, room)
+        finally:
+            os.close(fd)
+        self._granted = granted
+
+    def relieve(self, size: int) -> bool:
+        """Let older cores go which free at least `size` bytes: the file system has said that it is full.
+
+        Returns whether anything was freed: then a write may be tried again. None goes in vain. Raises StoreError.
+        """
+        return self.store.relieve(size)
+
+    def seems_to_fit(self, size: int) -> bool:
+        """Whether the store could hold so many bytes if this were its only core: a hint, nothing is promised."""
+        system = os.fstatvfs(self.store.directory)
+        whole = system.f_blocks * system.f_frsize
+        limits = (self.store.limits.store_max(whole), self.store.limits.user_max(whole))
+        free = system.f_bavail * system.f_frsize
+        return size <= min([free, *(limit for limit in limits if limit is not None)])
+
+    def spend_hold(self) -> bool:
+        """Give the blocks that are held for the record back to a file system that cannot make a hole without some.
+
+        Returns whether that may have helped: on btrfs, once. Raises StoreError, OSError.
+        """
+        if not self.store.on_btrfs():
+            return False
+        with self.store.locked():
+            return self.store.spend_hold(self.record.id)
 
     def seal(self, *, readers: int | None = None) -> None:
         """Complete the crash, short of syncing and of showing it: who finds it now finishes it. Raises OSError.
@@ -512,7 +729,7 @@ class Entry:
             self.store._unlink(f".{record.id}.core")  # noqa: SLF001
             record.core.path = None
         else:
-            publish_mode(self.core, readers)
+            self._publish_core(readers)
             found = os.fstat(self.core)
             record.core.stored_bytes = found.st_blocks * 512
             record.core.file_bytes = found.st_size
@@ -520,8 +737,30 @@ class Entry:
             record.core.path = os.path.join(self.store.path, record.id + suffix)
         with self.store.locked():
             name = f".{record.id}.final"
-            self.store._write(name, record.dumps(), readers=readers, sync=False)  # noqa: SLF001
+            hold = f".{record.id}.hold"
+            write = partial(self.store._write, name, readers=readers, sync=False, hold=hold)  # noqa: SLF001
+            self.store._insist(lambda: write(record.dumps()))  # noqa: SLF001
         self._sealed = True
+
+    def _publish_core(self, readers: int | None) -> None:
+        """Let the core be read by those who may. Raises OSError.
+
+        An access list may want a block of its own (ext4 with small inodes), on a disk that this core has just filled:
+        what the record will not need of its hold is for that. A core that only root reads is better than none.
+        """
+        try:
+            publish_mode(self.core, readers)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            with self.store.locked():
+                self.store._trim(f".{self.record.id}.hold", len(self.record.dumps()) + BLOCK)  # noqa: SLF001
+            try:
+                publish_mode(self.core, readers)
+            except OSError as again:
+                if again.errno not in FULL:
+                    raise
+                publish_mode(self.core, None)
 
     def finish(self, *, readers: int | None = None) -> None:
         """Make the core (when record.core.state says that there is one) and the record visible. Raises OSError.
@@ -534,7 +773,7 @@ class Entry:
         # When it fails, what was sealed does not hold: the caller seals another end.
         self._sealed = False
         with self.store.locked():
-            self.store._roll(self.record.id)  # noqa: SLF001
+            self.store._insist(lambda: self.store._roll(self.record.id))  # noqa: SLF001
         self._close_lock()
 
     def _close_core(self) -> None:

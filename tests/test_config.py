@@ -122,6 +122,81 @@ def test_limits_compare_by_value() -> None:
     assert load(environ={"CORE_PIPE_KEEP_FREE": "off"}).keep_free is None
 
 
+@pytest.mark.parametrize(("text", "value"), [("5%", 50), ("20", 20), ("0", 0), ("2.5%", 25)])
+def test_inodes(text: str, value: int) -> None:
+    limit = load(environ={"CORE_PIPE_KEEP_FREE_INODES": text}).keep_free_inodes
+    assert limit is not None
+    assert limit.bytes_of(1000) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("30d", 30 * 86400.0),
+        ("12h", 43200.0),
+        ("90min", 5400.0),
+        ("45s", 45.0),
+        ("45", 45.0),
+        ("1.5h", 5400.0),
+        ("3660d", 3660 * 86400.0),
+        ("off", None),
+    ],
+)
+def test_durations(text: str, value: float | None) -> None:
+    assert load(environ={"CORE_PIPE_AGE_MAX": text}).age_max == value
+
+
+def test_what_may_be_off() -> None:
+    names = ("core_max", "store_max", "user_max", "cores_max", "age_max", "keep_free", "keep_free_inodes", "same_max")
+    loaded = load(environ={f"CORE_PIPE_{name.upper()}": "off" for name in (*names, "loop_max")})
+    assert [getattr(loaded, name) for name in (*names, "loop_max")] == [None] * 9
+
+
+@pytest.mark.parametrize(("text", "value"), [("full", "full"), ("stacks", "stacks"), ("512M", 512 * MIB), ("0", 0)])
+def test_what_is_kept(text: str, value: str | int) -> None:
+    assert load(environ={"CORE_PIPE_KEEP": text}).keep == value
+    assert load(environ={"CORE_PIPE_KEEP_FOR": f"*={text}"}).keep_for == (("*", value),)
+
+
+def test_what_is_kept_of_some_programs(write: Write) -> None:
+    loaded = load(write("keep = '1G'\nkeep_for = \"java=512M  /usr/lib/*=stacks a=b=full [x=1\\tpyth?n3=2\"\n"), {})
+    assert loaded.keep_for == (
+        ("java", 512 * MIB),
+        ("/usr/lib/*", "stacks"),
+        ("a=b", "full"),
+        ("[x", 1),
+        ("pyth?n3", 2),
+    )
+    assert (
+        load(environ={"CORE_PIPE_KEEP_FOR": ""}).keep_for == () == load(environ={"CORE_PIPE_KEEP_FOR": "off"}).keep_for
+    )
+
+
+@pytest.mark.parametrize(
+    ("exe", "comm", "value"),
+    [
+        ("/opt/jdk/bin/java", "main", 512),
+        ("/bin/other", "java", 512),
+        ("/bin/java2", "java2", "full"),
+        ("/usr/lib/postgresql/16/bin/postgres", "postgres", "stacks"),
+        ("/usr/lib/jvm/java", "java", 512),
+        # Case matters, and a name of the stranger's choice is no pattern.
+        ("/bin/JAVA", "*", "full"),
+        (None, "java", 512),
+        (None, "", "full"),
+        ("", "java\n", "full"),
+    ],
+)
+def test_the_first_rule_that_matches_counts(exe: str | None, comm: str, value: str | int) -> None:
+    loaded = Config(keep_for=(("java", 512), ("/usr/lib/*", "stacks"), ("*/jvm/*", 7)))
+    assert loaded.keep_of(exe, comm) == value
+
+
+def test_a_pattern_takes_no_time_that_a_stranger_chooses() -> None:
+    loaded = Config(keep_for=(("*a" * 40 + "b", 1),))
+    assert loaded.keep_of("/" + "a" * 4000, "x") == "full"
+
+
 def test_values_of_a_file_may_be_numbers(write: Write) -> None:
     loaded = load(write("core_max = 4096\nidle_seconds = 0.5\nstall_seconds = 5\nstore = '/srv//cores/'\n"), {})
     assert (loaded.core_max, loaded.idle_seconds, loaded.stall_seconds) == (4096, 0.5, 5.0)
@@ -148,8 +223,34 @@ def test_values_of_a_file_may_be_numbers(write: Write) -> None:
         ("core_max", "M", "'M' is not a size"),
         ("core_max", "\u0663", "'\\u0663' is not a size"),
         ("store_max", "ten%", "'ten%' is not a percentage"),
-        ("store_max", "101%", "'101%' is more than the whole file system"),
+        ("store_max", "101%", "'101%' is more than the whole"),
         ("keep_free", "much", "'much' is not a size"),
+        ("user_max", "101%", "'101%' is more than the whole"),
+        ("keep_free_inodes", "12M", "'12M' is neither a whole number nor a percentage"),
+        ("keep_free_inodes", "99999999999999999999", "' is more than any file system has"),
+        ("cores_max", "0", "'0' is out of range"),
+        ("cores_max", "many", "'many' is not a whole number"),
+        ("age_max", "30days", "'30days' is not a duration"),
+        ("age_max", "d", "'d' is not a duration"),
+        ("age_max", "-1d", "'-1d' is not a duration"),
+        ("age_max", "1h30min", "'1h30min' is not a duration"),
+        ("age_max", "5 min", "'5 min' is not a duration"),
+        ("age_max", "0", "'0' is out of range"),
+        ("age_max", "99999d", "'99999d' is out of range"),
+        ("keep", "some", "'some' is not a size"),
+        ("keep", "10%", "'10%' is not a size"),
+        ("keep", "", "'' is not a size"),
+        ("keep_for", "java", "'java' is no list of pattern=value"),
+        ("keep_for", "java=1 =2", "'java=1 =2' is no list of pattern=value"),
+        ("keep_for", "java=", "'java=' has a value that is neither 'full', 'stacks' nor a size"),
+        ("keep_for", "java=much", "'java=much' has a value that is neither 'full', 'stacks' nor a size"),
+        ("keep_for", "x=1 " * 257, "has more than 256 rules"),
+        ("keep_for", "x" * 4097 + "=1", "has a pattern that no path can match"),
+        ("same_max", "0", "'0' is out of range"),
+        ("same_seconds", "0", "'0' is out of range"),
+        ("loop_max", "-1", "'-1' is not a whole number"),
+        ("loop_seconds", "off", "'off' is not a number of seconds"),
+        ("compression_threads", "9", "'9' is out of range"),
         ("secret_pattern", "", "'' is empty and would match every name"),
         ("secret_pattern", "(", "'(' is not a regular expression: missing ), unterminated subpattern at position 0"),
         ("secret_pattern", "(?L)x", "'(?L)x' is not a regular expression: bad inline flags:"),
@@ -325,7 +426,8 @@ patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 texts = st.one_of(
     st.text(st.characters(exclude_characters="\0")),
     st.binary().map(lambda data: os.fsdecode(data.replace(b"\0", b""))),
-    st.from_regex(r"-?[0-9_.]{0,30}[KMGTkmgt%e]?[0-9]?", fullmatch=True),
+    st.from_regex(r"-?[0-9_.]{0,30}([KMGTkmgt%edhs]|min)?[0-9]?", fullmatch=True),
+    st.from_regex(r"([a-z*?\[\]!=]{0,9}=(full|stacks|[0-9]{1,3}M?) ?){0,4}", fullmatch=True),
 )
 
 
@@ -341,6 +443,8 @@ def test_any_environment_gives_a_config_or_a_config_error(environ: dict[str, str
         assert loaded.store.startswith("/")
         assert loaded.core_max is None or 0 <= loaded.core_max < 1 << 63
         assert 1 <= loaded.workers <= 64
+        assert loaded.age_max is None or loaded.age_max >= 1
+        assert loaded.keep_of("/bin/x", "x") in ("full", "stacks") or isinstance(loaded.keep_of("/bin/x", "x"), int)
 
 
 @patient

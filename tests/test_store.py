@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import zstandard
 
-from receiver.capture import PlainSink, ZstdSink
 from receiver.record import Core, Record
-from receiver.store import ACL, MAX_RECORD, NoRoom, Store, StoreError
+from receiver.store import ACL, MAX_RECORD, Entry, NoRoom, Store, StoreError, write_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -66,6 +65,48 @@ def new_record(seconds: int = 0, pid: int = 7) -> Record:
         core_limit=1 << 40,
         dumpable=1,
     )
+
+
+class PlainSink:
+    """Writes a core as it is, but for pages of zeros. used: bytes that are no hole."""
+
+    def __init__(self, entry: Entry) -> None:
+        self.entry = entry
+        self.fd = entry.open_core()
+        self.position = self.used = 0
+
+    def write(self, block: memoryview) -> None:
+        pages = [(at, block[at : at + 4096]) for at in range(0, len(block), 4096)]
+        pages = [(at, page) for at, page in pages if page != bytes(len(page))]
+        self.used += sum(len(page) for _, page in pages)
+        self.entry.grow(self.used)
+        for at, page in pages:
+            os.pwrite(self.fd, page, self.position + at)
+        self.position += len(block)
+
+    def finish(self) -> None:
+        os.ftruncate(self.fd, self.position)
+
+
+class ZstdSink:
+    """Writes a core as one frame."""
+
+    def __init__(self, entry: Entry, level: int) -> None:
+        self.entry = entry
+        self.fd = entry.open_core()
+        self.used = 0
+        self._compressor = zstandard.ZstdCompressor(level=level, write_checksum=True).compressobj()
+
+    def write(self, block: memoryview) -> None:
+        self._store(self._compressor.compress(block))
+
+    def finish(self) -> None:
+        self._store(self._compressor.flush())
+
+    def _store(self, data: bytes) -> None:
+        self.used += len(data)
+        self.entry.grow(self.used)
+        write_all(self.fd, data)
 
 
 def keep(
@@ -635,6 +676,7 @@ def test_the_lock_is_not_waited_for_for_ever(store: Store, monkeypatch: pytest.M
         ".{}.json",
         ".{}.core",
         ".{}.room",
+        ".{}.hold",
         ".{}.final",
         ".{}.final.new",
         ".{}.json.new",
