@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-defences lint clean
+.PHONY: help setup demo test test-long test-defences measure lint clean
 
 # The system's Python: the kernel starts the stub with it, and containers made from this machine have it at the same place.
 PYTHON ?= /usr/bin/python3
@@ -12,7 +12,7 @@ VENV := .venv
 # What the programs are built with, what the demo shows, and what the tests crash, boot and read cores with.
 BUILD_PACKAGES := python3 python3-venv python3-dev gcc libc6-dev pkg-config libsystemd-dev libcap-dev
 DEMO_PACKAGES  := systemd systemd-container gdb
-TEST_PACKAGES  := podman runc util-linux
+TEST_PACKAGES  := podman runc util-linux elfutils binutils btrfs-progs e2fsprogs
 PACKAGES := $(BUILD_PACKAGES) $(DEMO_PACKAGES) $(TEST_PACKAGES)
 
 help: ## this list
@@ -40,8 +40,14 @@ demo: setup ## a real crash in a real systemd container, its core brought home, 
 test: setup lint ## lint, types and every test that this machine can run (root: real crashes, real containers)
 	@$(SUDO) $(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
+test-long: setup ## the full sizes: 4 GiB cores, 500 kills, a 1 GiB core in a 64 MiB store (half an hour)
+	@$(SUDO) $(VENV)/bin/python -m pytest -m long --timeout 1800 $(PYTEST_ARGS)
+
 test-defences: setup ## take each defence out, and see its test fail (ten minutes; needs a clean tree)
 	@$(SUDO) $(VENV)/bin/python -m tests.defences $(DEFENCES)
+
+measure: setup ## what reduced cores take, and what debuggers still answer: the table of docs/store.md
+	@$(SUDO) $(VENV)/bin/python -m tests.measure_store
 
 lint: setup ## ruff and mypy alone
 	@$(VENV)/bin/ruff check .

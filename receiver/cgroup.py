@@ -18,3 +18,34 @@ def cgroup_path(text: bytes) -> bytes:
         if paths.get(wanted, b"/") != b"/":
             return paths[wanted]
     return b"/"
+
+
+def cpu_stat() -> str | None:
+    """Return the path of the cpu.stat file of the nearest cgroup around this process that has a cpu quota."""
+    try:
+        with open("/proc/self/cgroup", "rb") as file:
+            text = file.read(65536)
+    except OSError:
+        return None
+    for line in text.split(b"\n"):
+        _, _, rest = line.partition(b":")
+        controllers, _, path = rest.partition(b":")
+        if controllers == b"":
+            root, quota, none = b"/sys/fs/cgroup", b"cpu.max", b"max"
+        elif b"cpu" in controllers.split(b","):
+            root, quota, none = b"/sys/fs/cgroup/cpu", b"cpu.cfs_quota_us", b"-1"
+        else:
+            continue
+        # With a cgroup namespace the path is "/"; without one it may be the host's, and the mount the container's own.
+        while True:
+            found = root + path.rstrip(b"/")
+            try:
+                with open(found + b"/" + quota, "rb") as file:
+                    if not file.read(64).startswith(none):
+                        return (found + b"/cpu.stat").decode(errors="surrogateescape")
+            except OSError:
+                pass
+            if path in (b"", b"/"):
+                break
+            path = path.rpartition(b"/")[0]
+    return None

@@ -1,4 +1,4 @@
-"""corepipectl: list, show and take out the crashes in a store."""
+"""corepipectl: list, show, take out and clear away the crashes in a store."""
 
 from __future__ import annotations
 
@@ -6,24 +6,30 @@ import argparse
 import io
 import json
 import os
-import stat
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from receiver import __version__
-from receiver.config import ConfigError, load
+from receiver import __version__, tables
+from receiver.config import ConfigError, duration, load
+from receiver.config import _size as parse_size
 from receiver.log import quiet_pipe
-from receiver.store import Store, StoreError, write_all
+from receiver.store import Store, StoreError
+from receiver.tables import shown
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
+    from receiver.dump import Copied
     from receiver.record import Record
+    from receiver.retention import Holding, Report, Use
+
+K = TypeVar("K")
 
 EXIT_OK = 0
 # coredumpctl(1): "0 is returned; otherwise a non-zero failure code. Not finding any matching core dumps is failure."
 EXIT_FAILURE = 1
-CHUNK = 1 << 20
+# Programs that `usage` shows; there may be one for each record.
+PROGRAMS = 20
 
 EPILOG = """\
 MATCH is an id (or its beginning), a pid, a comm, or the path of an executable (any word with a '/').
@@ -33,6 +39,8 @@ examples:
   corepipectl info 4711                everything about the newest crash of pid 4711
   corepipectl info myprogram --json    the same as JSON
   corepipectl dump myprogram -o core   its newest core, plain ELF, for: gdb PROGRAM core
+  corepipectl usage                    what holds the space, and what the limits still allow
+  corepipectl prune --to 2G            remove the oldest cores until the others take no more than 2 GiB
 """
 
 
@@ -52,7 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if found.run is _list and not os.path.lexists(path):
                 # Nothing has crashed here yet: the first crash makes the store.
                 return _show_list([], found)
-            store = Store(path, create=False)
+            if found.run is _usage:
+                store = Store.configured(load(), path=path, create=False)
+            else:
+                store = Store(path, create=False)
             _recover(store)
             return int(found.run(store, found))
     except (UsageProblem, StoreError, ConfigError) as error:
@@ -86,16 +97,40 @@ def _parser() -> argparse.ArgumentParser:
     listing = commands.add_parser("list", help="a line for each crash (the default)")
     info = commands.add_parser("info", help="everything about one crash")
     dump = commands.add_parser("dump", help="write a core out, as a plain ELF core")
-    for command in (listing, info):
+    usage = commands.add_parser("usage", help="what holds the space, and what the limits still allow")
+    prune = commands.add_parser("prune", help="remove cores, the oldest first; their records stay")
+    for command in (listing, info, usage):
         command.add_argument("--json", action="store_true", help="as JSON, for programs")
     listing.add_argument("match", nargs="?", metavar="MATCH", help="only these")
     for command in (info, dump):
         command.add_argument("match", metavar="MATCH", help="an id, a pid, a comm or a path; of several the newest")
     dump.add_argument("-o", "--output", metavar="FILE", help="write it there (default: standard output)")
+    prune.add_argument("match", nargs="?", metavar="MATCH", help="only cores of these crashes")
+    prune.add_argument(
+        "--to", type=_argument(parse_size), metavar="SIZE", help="only until the store's cores take so much (as 2G)"
+    )
+    prune.add_argument(
+        "--older-than", type=_argument(duration), metavar="AGE", help="only cores of crashes so long ago (as 30d, 12h)"
+    )
+    prune.add_argument("--dry-run", action="store_true", help="remove nothing, only say what would go")
     listing.set_defaults(run=_list)
+    usage.set_defaults(run=_usage)
+    prune.set_defaults(run=_prune)
     info.set_defaults(run=_info)
     dump.set_defaults(run=_dump)
     return parser
+
+
+def _argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Make a setting's parser one for arguments."""
+
+    def parse_argument(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{shown(text)!r} {error}") from None
+
+    return parse_argument
 
 
 def matches(record: Record, match: str) -> bool:
@@ -126,22 +161,12 @@ def _newest(store: Store, match: str) -> Record:
     return found[-1]
 
 
-def _shown(value: object) -> str:
-    """A value for a terminal: what a crashed program named itself must not move the cursor."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(value))
-
-
-def _size(number: int) -> str:
-    size = float(number)
-    for unit in ("B", "K", "M", "G", "T"):
-        if size < 1024 or unit == "T":
-            return f"{size:.0f}{unit}" if unit == "B" or size >= 100 else f"{size:.1f}{unit}"
-        size /= 1024
-    raise AssertionError
-
-
 def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=2))
+
+
+def _print_lines(lines: list[str]) -> None:
+    print("\n".join(lines))
 
 
 def _list(store: Store, found: argparse.Namespace) -> int:
@@ -155,29 +180,24 @@ def _show_list(records: list[Record], found: argparse.Namespace) -> int:
     if not records:
         print("No crashes found.", file=sys.stderr)
         return EXIT_FAILURE
-    rows: list[tuple[str, ...]] = [("TIME", "PID", "UID", "GID", "SIG", "CORE", "EXE", "SIZE", "ID")]
-    for record in records:
-        row = (
-            record.timestamp.replace("T", " ").replace("Z", " UTC"),
-            record.pid,
-            record.uid,
-            record.gid,
-            record.signal_name,
-            record.core.state,
-            record.exe or record.comm,
-            _size(record.core.stored_bytes) if record.core.path else "-",
-            record.id,
-        )
-        rows.append(tuple(_shown(cell) for cell in row))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    right = {1, 2, 3, 7}
-    for line in rows:
-        cells = (
-            cell.rjust(width) if column in right else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        print(" ".join(cells).rstrip())
+    rows: list[tuple[object, ...]] = [("TIME", "PID", "UID", "GID", "SIG", "CORE", "EXE", "SIZE", "ID")]
+    rows += [_row(record) for record in records]
+    _print_lines(tables.lines(rows, right=frozenset((1, 2, 3, 7))))
     return EXIT_OK
+
+
+def _row(record: Record) -> tuple[object, ...]:
+    return (
+        record.timestamp.replace("T", " ").replace("Z", " UTC"),
+        record.pid,
+        record.uid,
+        record.gid,
+        record.signal_name,
+        record.core.state,
+        record.exe or record.comm,
+        tables.size(record.core.stored_bytes) if record.core.path else "-",
+        record.id,
+    )
 
 
 def _info(store: Store, found: argparse.Namespace) -> int:
@@ -202,59 +222,80 @@ def _info(store: Store, found: argparse.Namespace) -> int:
         ("Host Name", record.host_name),
         ("Core", core.state + (f": {core.reason}" if core.reason else "")),
         ("Storage", core.path),
-        ("Size", f"{_size(core.size_bytes)}, {_size(core.stored_bytes)} on disk" if core.path else None),
+        ("Size", f"{tables.size(core.size_bytes)}, {tables.size(core.stored_bytes)} on disk" if core.path else None),
+        ("Left Out", _left_out(record)),
+        ("Signature", record.signature),
+        ("Seen", f"{record.seen} times lately, this one included" if (record.seen or 0) > 1 else None),
+        ("Threads", record.threads),
+        ("Build Id", record.build_id),
     ]
     for label, value in rows:
         if value is not None:
-            print(f"{label:>14}: {_shown(value)}")
+            print(f"{label:>14}: {shown(value)}")
+    for frame in record.frames or ():
+        print(f"{'Frame':>14}: {shown(frame)}")
     for tried in record.tried:
-        print(f"{'Not taken by':>14}: {_shown(tried)}")
+        print(f"{'Not taken by':>14}: {shown(tried)}")
     for name, value in (record.environment or {}).items():
-        print(f"{'Environment':>14}: {_shown(name)}={_shown(value)}")
+        print(f"{'Environment':>14}: {shown(name)}={shown(value)}")
     return EXIT_OK
 
 
+def _left_out(record: Record) -> str | None:
+    """Say what a reduced core is without, and how a debugger shows that."""
+    core = record.core
+    if core.state != "reduced" or core.path is None:
+        return None
+    less, whole = core.absent_bytes, core.whole_bytes
+    how_much = f"{tables.size(less)} of {tables.size(whole)} of" if less > 0 else "some"
+    return f"{how_much} memory; gdb shows it as unavailable (Cannot access memory)"
+
+
 def _dump(store: Store, found: argparse.Namespace) -> int:
+    # Only dump needs them.
+    from receiver import dump  # noqa: PLC0415
+    from receiver.stored import Damaged, StoredCore  # noqa: PLC0415
+
     record = _newest_with_core(store, found.match)
     if found.output is None and sys.stdout.isatty():
         raise UsageProblem("a core is not for a terminal. Write it to a file with -o FILE, or into a pipe")
     source = store.open_core(record)
     try:
-        target = os.dup(sys.stdout.fileno()) if found.output is None else _open_output(found.output)
+        core = StoredCore(source, record.core.compression)
+        target = os.dup(sys.stdout.fileno()) if found.output is None else dump.open_output(found.output)
         try:
-            size = _copy_plain(source, target, compressed=record.core.compression != "none")
+            copied = dump.copy(core, target, record.core.size_bytes)
         finally:
             os.close(target)
+    except (Damaged, dump.ForeignFile) as error:
+        raise UsageProblem(str(error)) from None
     finally:
         os.close(source)
-    if size != record.core.size_bytes:
-        # A frame that is cut is no error to zstandard.
-        raise UsageProblem(
-            f"the stored core is damaged: {size} of {record.core.size_bytes} bytes. What was written is all there is"
-        )
+    _say_damage(record, copied)
     if found.output is not None:
-        print(f"{found.output}: {size} bytes, {record.core.state}", file=sys.stderr)
+        print(f"{found.output}: {copied.size} bytes, {shown(record.core.state)}", file=sys.stderr)
+        left_out = _left_out(record)
+        if left_out is not None:
+            print(f"Left out: {left_out}", file=sys.stderr)
         if record.exe:
-            print(f"Open it with: gdb {_shown(record.exe)} {found.output}", file=sys.stderr)
+            print(f"Open it with: gdb {shown(record.exe)} {found.output}", file=sys.stderr)
     return EXIT_OK
 
 
-def _open_output(path: str) -> int:
-    """Open a file for a core, which holds secrets: not through somebody's link, and for nobody else to read."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
-        found = os.fstat(fd)
-        if stat.S_ISREG(found.st_mode):
-            if found.st_uid != os.geteuid():
-                raise UsageProblem(
-                    f"{path}: belongs to uid {found.st_uid}, who could read the core. Remove it, or name another file"
-                )
-            os.fchmod(fd, 0o600)
-            os.ftruncate(fd, 0)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
+def _say_damage(record: Record, copied: Copied) -> None:
+    """Raise UsageProblem with all that was wrong with a core that was written out as far as it could be."""
+    size = record.core.size_bytes
+    problems = [str(damage) for damage in copied.damage]
+    if copied.damages > len(problems):
+        problems.append(f"... and {copied.damages - len(problems)} more")
+    if copied.too_much:
+        problems.append(f"the stored core is damaged: it has more than the {size} bytes that its record says")
+    elif copied.size != size:
+        problems.append(f"the stored core is damaged: {copied.size} of {size} bytes")
+    if problems:
+        raise UsageProblem(
+            "\n".join(problems) + ". What can be read was written, with zeros for what is damaged before its end"
+        )
 
 
 def _newest_with_core(store: Store, match: str) -> Record:
@@ -264,43 +305,93 @@ def _newest_with_core(store: Store, match: str) -> Record:
         if record.core.path is not None:
             return record
     newest = _newest(store, match)
-    raise UsageProblem(
-        f"crash {_shown(newest.id)} has no core: {_shown(newest.core.reason or 'no reason is recorded')}"
-    )
+    raise UsageProblem(f"crash {shown(newest.id)} has no core: {shown(newest.core.reason or 'no reason is recorded')}")
 
 
-def _copy_plain(source: int, target: int, *, compressed: bool) -> int:
-    """Write the plain core; blocks of zeros become holes where the target can have them. Returns its size in bytes."""
-    from receiver.capture import write_sparse  # noqa: PLC0415 - only dump needs it
+def _prune(store: Store, found: argparse.Namespace) -> int:
+    match = found.match
+    if match is None and found.to is None and found.older_than is None:
+        raise UsageProblem("say which cores: --to SIZE, --older-than AGE, or a MATCH ('--to 0' removes all)")
+    if match is not None:
+        # A name that was mistyped is a failure; that nothing is old enough is none.
+        _newest(store, match)
+    try:
+        pruned = store.prune(
+            to=found.to,
+            older_than=found.older_than,
+            match=None if match is None else lambda record: matches(record, match),
+            dry_run=found.dry_run,
+        )
+    except PermissionError:
+        raise UsageProblem(
+            f"{store.path}: not yours to remove cores from. Run it as the store's owner (root)"
+        ) from None
+    for record in pruned:
+        print(" ".join(shown(cell) for cell in _row(record)))
+    freed = tables.size(sum(record.core.stored_bytes for record in pruned))
+    cores = f"{len(pruned)} {'core' if len(pruned) == 1 else 'cores'}"
+    print(f"{cores} would go, {freed}" if found.dry_run else f"{cores} removed, {freed} freed", file=sys.stderr)
+    return EXIT_OK
 
-    seekable = _is_empty_file(target)
-    size = 0
-    for block in _plain_blocks(source, compressed=compressed):
-        if seekable:
-            write_sparse(target, memoryview(block), size)
-        else:
-            write_all(target, block)
-        size += len(block)
-    if seekable:
-        os.ftruncate(target, size)
-    return size
+
+def _usage(store: Store, found: argparse.Namespace) -> int:
+    report = store.usage()
+    if found.json:
+        _print_json(_usage_json(report))
+        return EXIT_OK
+    heading = ("CORES", "SIZE", "RECORDS")
+    users: list[tuple[object, ...]] = [("USER", *heading)]
+    users += [("?" if uid is None else uid, *_cells(held)) for uid, held in _largest(report.users)]
+    users.append(("all", *_cells(report.total)))
+    _print_lines(tables.lines(users, right=frozenset((1, 2, 3))))
+    if report.programs:
+        print()
+        programs: list[tuple[object, ...]] = [("PROGRAM", *heading)]
+        programs += [(name, *_cells(held)) for name, held in _largest(report.programs)[:PROGRAMS]]
+        _print_lines(tables.lines(programs, right=frozenset((1, 2, 3))))
+        if len(report.programs) > PROGRAMS:
+            print(f"... and {len(report.programs) - PROGRAMS} more (--json has them all)")
+    print()
+    limits: list[tuple[object, ...]] = [("LIMIT", "VALUE", "NOW", "LEFT")]
+    limits += [_limit_row(use) for use in report.uses]
+    _print_lines(tables.lines(limits, right=frozenset((1, 2, 3))))
+    print()
+    if report.writing.cores:
+        print(f"Being written: {report.writing.cores}, which may take {tables.size(report.writing.size)}.")
+    if report.headroom is None:
+        print("No limit is set.")
+    elif report.headroom == 0:
+        print(f"A next core takes an old one's room ({report.limiting}).")
+    else:
+        print(f"A next core may take {tables.size(report.headroom)} before an old one goes ({report.limiting}).")
+    return EXIT_OK
 
 
-def _is_empty_file(fd: int) -> bool:
-    return stat.S_ISREG(os.fstat(fd).st_mode) and os.lseek(fd, 0, os.SEEK_CUR) == 0
+def _largest(held: dict[K, Holding]) -> list[tuple[K, Holding]]:
+    return sorted(held.items(), key=lambda item: (-item[1].size, -item[1].records, str(item[0])))
 
 
-def _plain_blocks(source: int, *, compressed: bool) -> Iterator[bytes]:
-    with os.fdopen(os.dup(source), "rb", buffering=0) as file:
-        if not compressed:
-            while block := file.read(CHUNK):
-                yield block
-            return
-        import zstandard  # noqa: PLC0415
+def _cells(held: Holding) -> tuple[object, ...]:
+    return held.cores, tables.size(held.size), held.records
 
-        try:
-            yield from zstandard.ZstdDecompressor().read_to_iter(file, write_size=CHUNK)
-        except zstandard.ZstdError as error:
-            raise UsageProblem(
-                f"the stored core is damaged ({error}). What was written so far is all there is"
-            ) from None
+
+def _limit_row(use: Use) -> tuple[object, ...]:
+    show: Callable[[int], str] = {"bytes": tables.size, "seconds": tables.duration}.get(use.unit, str)
+    # Of these, what is there is what is free.
+    free = " free" if use.name in ("keep_free", "keep_free_inodes", "memory") else ""
+    return use.name, show(use.limit), show(use.used) + free, show(use.headroom)
+
+
+def _usage_json(report: Report) -> dict[str, Any]:
+    def of(held: Holding) -> dict[str, int]:
+        return {"cores": held.cores, "bytes": held.size, "records": held.records}
+
+    return {
+        "total": of(report.total),
+        "writing": {"cores": report.writing.cores, "bytes": report.writing.size},
+        "users": [{"uid": uid, **of(held)} for uid, held in _largest(report.users)],
+        "programs": [{"program": name, **of(held)} for name, held in _largest(report.programs)],
+        "limits": [use._asdict() for use in report.uses],
+        "limiting": report.limiting,
+        "headroom_bytes": report.headroom,
+    }

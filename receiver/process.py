@@ -68,6 +68,16 @@ class Process:
         except OSError:
             return None
 
+    def open_memory(self) -> int:
+        """Return a descriptor of its memory, -1 when it may not be read (without CAP_SYS_PTRACE).
+
+        Permission is checked here and not at each read, so it outlives the capability. See `receiver/peek.py`.
+        """
+        try:
+            return os.open("mem", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self.directory)
+        except OSError:
+            return -1
+
     def is_dumping(self) -> bool | None:
         """Whether it is dumping core now; None when its status cannot be read."""
         status = self.read("status", MAX_STATUS)

@@ -50,14 +50,17 @@ class Core:
     """What became of a core.
 
     state: "stored" (whole), "reduced" (a part, see reason), "none" (see reason).
-    path: of the file, absolute in the receiver's root. size_bytes: of the plain core. stored_bytes: on disk.
-    file_bytes: length of the file, which has holes when it is not compressed.
+    path: of the file, absolute in the receiver's root. size_bytes: of the plain core as it is stored. whole_bytes: of
+    the core that the kernel offered, 0 when that is not known. absent_bytes: of its memory, what is left out.
+    stored_bytes: on disk. file_bytes: length of the file, which has holes when it is not compressed.
     """
 
     state: str = "none"
     reason: str | None = None
     path: str | None = None
     size_bytes: int = 0
+    whole_bytes: int = 0
+    absent_bytes: int = 0
     stored_bytes: int = 0
     file_bytes: int = 0
     compression: str | None = None
@@ -69,7 +72,9 @@ class Record:
 
     pid, tid: 0 when the process is not visible there. timestamp: of the crash, as the kernel tells it (whole seconds).
     received: when the offer came. core_limit: soft RLIMIT_CORE in bytes, None for unlimited. dumpable: %d of core(5).
-    tried: receivers that were asked before this one and did not take it. Facts that could not be read are None.
+    tried: receivers that were asked before this one and did not take it. signature: the same for the same bug; frames:
+    what it was made from, `module+offset`, the innermost first; seen: so many times within same_seconds, this one
+    included. build_id: the program's, in hex. threads: how many it had. Facts that could not be read are None.
     """
 
     id: str
@@ -102,6 +107,11 @@ class Record:
     host_name: str | None = None
     tried: list[str] = field(default_factory=list)
     seconds: float | None = None
+    signature: str | None = None
+    seen: int | None = None
+    frames: list[str] | None = None
+    build_id: str | None = None
+    threads: int | None = None
     version: int = 1
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import socket
@@ -9,19 +10,22 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from receiver import protocol
-from receiver.capture import Reader, Stalled, TooLarge, sink_for
+from receiver import plan, protocol
+from receiver.capture import Capture, TooLarge, Unneeded, Wish
+from receiver.cgroup import cpu_stat
+from receiver.history import History
 from receiver.log import log
 from receiver.process import MAX_ARGUMENTS, MAX_ENVIRONMENT, OVERFLOW_ID, Process, arguments, mask, user_may_read
 from receiver.protocol import Channel, Message, PeerGone, ProtocolError, printable
 from receiver.record import UNLIMITED, Core, Record, text
-from receiver.store import NoRoom, Store, StoreError, no_limit
+from receiver.store import NoRoom, Store, StoreError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from receiver.config import Config
     from receiver.store import Entry
+    from receiver.witness import Witness
 
 # <linux/proc_ns.h>: PROC_PID_INIT_INO, the initial pid namespace.
 INITIAL_PID_NAMESPACE = 0xEFFFFFFC
@@ -36,22 +40,28 @@ class Offered:
     """An offer that was looked at: its record so far, and what else it says.
 
     core_limit: bytes, UNLIMITED for none. begun: time.monotonic(). reader: the uid that may read the core besides root.
+    memory: a descriptor of the process's memory, -1 without; to be closed with `close`.
     """
 
     record: Record
     core_limit: int
     begun: float
     reader: int | None
+    memory: int = -1
+
+    def take_memory(self) -> int:
+        """Return the descriptor, which is the caller's from now on."""
+        memory, self.memory = self.memory, -1
+        return memory
+
+    def close(self) -> None:
+        if self.memory >= 0:
+            os.close(self.take_memory())
 
 
 def open_store(config: Config) -> Store:
     """Open the configured store. Raises StoreError."""
-    return Store(
-        config.store,
-        limit=config.store_max.bytes_of if config.store_max else no_limit,
-        keep_free=config.keep_free.bytes_of if config.keep_free else no_limit,
-        records=config.records_max,
-    )
+    return Store.configured(config)
 
 
 def serve(channel: Channel, config: Config, *, confine: Callable[[], None] = lambda: None) -> Record | None:
@@ -68,8 +78,12 @@ def serve(channel: Channel, config: Config, *, confine: Callable[[], None] = lam
         offer = channel.receive(deadline)
         offer.close()
         offered = look_at(offer, config)
-        store = open_store(config)
-        confine()
+        try:
+            store = open_store(config)
+            confine()
+        except BaseException:
+            offered.close()
+            raise
     except PeerGone:
         # A forwarder that looked who listens and went elsewhere, or somebody's probe.
         return None
@@ -83,6 +97,7 @@ def serve(channel: Channel, config: Config, *, confine: Callable[[], None] = lam
     try:
         return _keep(channel, config, store, offered, begun)
     finally:
+        offered.close()
         store.close()
 
 
@@ -140,7 +155,7 @@ def look_at(offer: Message, config: Config) -> Offered:
     record.host_name = os.uname().nodename
     offered = Offered(record, offer.number("core_limit", UNLIMITED), time.monotonic(), None)
     secret = re.compile(config.secret_pattern, re.IGNORECASE)
-    secure = _look_at_process(record) if process.pid and thread.pid else None
+    secure = _look_at_process(offered) if process.pid and thread.pid else None
     _fill_in(record, offer, secret)
     if secure is None:
         secure = offer.fields.get("secure") != b"0"
@@ -149,8 +164,9 @@ def look_at(offer: Message, config: Config) -> Offered:
     return offered
 
 
-def _look_at_process(record: Record) -> bool | None:
+def _look_at_process(offered: Offered) -> bool | None:
     """Fill in what /proc tells here. Returns whether the process is secure (AT_SECURE), None when that is hidden."""
+    record = offered.record
     try:
         process = Process(record.pid, record.tid)
     except OSError:
@@ -160,6 +176,7 @@ def _look_at_process(record: Record) -> bool | None:
         if process.is_dumping() is False:
             raise Unwanted("the process it names is not dumping core")
         process.describe(record)
+        offered.memory = process.open_memory()
         return process.is_secure()
     finally:
         process.close()
@@ -186,8 +203,10 @@ def _keep(channel: Channel, config: Config, store: Store, offered: Offered, begu
         refuse(channel, f"its store cannot be written: {error}", deadline)
         return None
     try:
-        if offered.core_limit == 0:
-            record.core = Core(reason="the soft core limit (ulimit -c) of the process is 0")
+        unwanted = _without_core(config, store, offered)
+        if unwanted is not None:
+            record.core = Core(reason=unwanted)
+            _remember(store, record)
             entry.seal(readers=offered.reader)
             _accept(channel, protocol.WANT_RECORD, deadline)
         else:
@@ -239,37 +258,109 @@ def _receive(channel: Channel, config: Config, entry: Entry, offered: Offered, d
         protocol.close_all(descriptors)
 
 
+def _without_core(config: Config, store: Store, offered: Offered) -> str | None:
+    """Return why the core of an offer is not wanted at all, None when it is."""
+    if offered.core_limit == 0:
+        return "the soft core limit (ulimit -c) of the process is 0"
+    if config.loop_max is not None:
+        with store.locked():
+            cores = History(store.directory).cores_of(_whose(offered.record), config.loop_seconds, time.time())
+        if cores >= config.loop_max:
+            return (
+                f"it crashes in a loop: {cores} cores of this program were kept within {config.loop_seconds:g} s "
+                "(loop_max, loop_seconds)"
+            )
+    return None
+
+
+def _program(record: Record) -> str:
+    return record.exe or record.comm
+
+
+def _whose(record: Record) -> str:
+    """Return the program of a user: one user's crashes must not cost another the cores of his."""
+    return f"{record.uid} {_program(record)}"
+
+
+def _bug_of_user(record: Record) -> str:
+    """Return what counts as the same crash, likewise."""
+    own = f"{record.uid} {record.signature}".encode()
+    return hashlib.blake2b(own, digest_size=8).hexdigest() if record.signature else ""
+
+
+def _remember(store: Store, record: Record, *, kept: bool = False) -> None:
+    """Write a crash into the store's history."""
+    with store.locked():
+        History(store.directory).add(time.time(), _bug_of_user(record), _whose(record), kept=kept)
+
+
+def _wish(config: Config, offered: Offered) -> Wish:
+    """Return how much of the core is wanted."""
+    record = offered.record
+    limits = []
+    if offered.core_limit != UNLIMITED:
+        limits.append((offered.core_limit, "the soft core limit (ulimit -c)"))
+    if config.core_max is not None:
+        limits.append((config.core_max, "core_max"))
+    keep = config.keep_of(record.exe, record.comm)
+    if isinstance(keep, int):
+        limits.append((keep, "keep" if keep == config.keep else "keep_for"))
+    limit, why = min(limits, default=(None, ""))
+    return Wish(limit, why, up_to=plan.POINTED if keep == "stacks" else plan.UNUSED)
+
+
 def _capture(fd: int, config: Config, entry: Entry, offered: Offered) -> None:
     record = entry.record
-    limit = config.core_max
-    setting = "core_max"
-    if offered.core_limit != UNLIMITED and (limit is None or offered.core_limit < limit):
-        limit, setting = offered.core_limit, "soft core limit (ulimit -c)"
-    reader = Reader(fd, config.stall_seconds)
-    reason = None
+    store = entry.store
+
+    def may_be_known(_witness: Witness) -> bool:
+        """Whether to look who crashed before the core is read: when it may be one that is not needed."""
+        if config.same_max is None:
+            return False
+        with store.locked():
+            found = History(store.directory).cores_of(_whose(record), config.same_seconds, time.time())
+        return found >= config.same_max
+
+    def witnessed(witness: Witness) -> None:
+        record.threads = len(witness.notes.threads)
+        record.build_id = witness.build_of_program()
+        record.frames = [f"{frame.module}+{frame.offset:#x}" for frame in witness.frames()]
+        record.signature = witness.signature(_program(record), record.signal)
+        with store.locked():
+            history = History(store.directory)
+            now = time.time()
+            before = history.same(_bug_of_user(record), config.same_seconds, now)
+            record.seen = before + 1
+            # Without a frame (an unknown machine's registers) all crashes of a program would be the same.
+            needed = config.same_max is None or not record.frames or before < config.same_max
+            history.add(now, _bug_of_user(record), _whose(record), kept=needed)
+        if not needed:
+            raise Unneeded(
+                f"the same crash (signature {record.signature}) came {before} times within {config.same_seconds:g} s "
+                "before (same_max, same_seconds)"
+            )
+
+    capture = Capture(
+        fd,
+        entry,
+        compression=config.compression,
+        level=config.compression_level,
+        threads=config.compression_threads,
+        stall_seconds=config.stall_seconds,
+        wish=_wish(config, offered),
+        memory=offered.take_memory(),
+        cpu_stat=cpu_stat(),
+        noted=may_be_known,
+        witnessed=witnessed,
+    )
     try:
-        reader.begin(limit)
-        reader.copy(sink_for(entry, config.compression, config.compression_level), limit)
-    except TooLarge as error:
-        reason = f"the core is too large: {error} ({setting})"
-    except (NoRoom, Stalled) as error:
-        reason = f"the core was not kept: {error}"
-    except OSError as error:
-        reason = f"the core could not be written ({error.strerror})"
-    size = reader.expected if reason and reader.expected else reader.size
-    if reason is not None:
-        record.core = Core(reason=reason, size_bytes=size)
-    elif reader.size == 0:
-        record.core = Core(reason="the kernel ended the dump before its first byte")
-    elif reader.expected is not None and reader.size < reader.expected:
-        record.core = Core(
-            state="reduced",
-            reason=f"the kernel ended the dump after {reader.size} of {reader.expected} bytes",
-            size_bytes=reader.size,
-            compression=config.compression,
-        )
-    else:
-        record.core = Core(state="stored", size_bytes=size, compression=config.compression)
+        record.core = capture.run()
+    except (TooLarge, NoRoom, Unneeded, OSError) as error:
+        if isinstance(error, OSError):
+            reason = f"the core could not be written ({error.strerror})"
+        else:
+            reason = str(error) if isinstance(error, Unneeded) else f"the core was not kept: {error}"
+        record.core = Core(reason=reason, size_bytes=capture.whole_bytes, whole_bytes=capture.whole_bytes)
 
 
 def _tell(channel: Channel, record: Record, config: Config) -> None:

@@ -8,14 +8,16 @@ import random
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+import zstandard
 
-from receiver import ctl
-from receiver.capture import PlainSink, Sink, ZstdSink
+from receiver import ctl, tables
+from receiver.frames import FRAME, PlainFile, ZstdFile
 from receiver.record import Core, Record
 from receiver.store import Store
 
@@ -41,17 +43,38 @@ def new_record(pid: int = 7, comm: str = "test", exe: str | None = "/usr/bin/tes
     return record
 
 
-def keep(path: Path, record: Record, core: bytes | None = b"core", *, compression: str = "zstd") -> Record:
+def keep(
+    path: Path,
+    record: Record,
+    core: bytes | None = b"core",
+    *,
+    compression: str = "zstd",
+    old: bool = False,
+    whole_bytes: int = 0,
+) -> Record:
+    """Keep a crash. old: its core in one zstd frame, as stores had it once. whole_bytes: it is reduced."""
     store = Store(str(path))
     entry = store.begin(record)
     if core is None:
         record.core = Core(reason="because", size_bytes=4711)
     else:
-        sink: Sink = PlainSink(entry) if compression == "none" else ZstdSink(entry, 1)
-        for at in range(0, len(core), 256 << 10):
-            sink.write(memoryview(core)[at : at + (256 << 10)])
-        sink.finish()
+        fd = entry.open_core()
+        if old:
+            compressor = zstandard.ZstdCompressor(level=1, write_checksum=True).compressobj()
+            os.write(fd, compressor.compress(core) + compressor.flush())
+        else:
+            file: ZstdFile | PlainFile = PlainFile(fd) if compression == "none" else ZstdFile(fd, 1)
+            for start, end in [(0, 64), *((at, at + FRAME) for at in range(64, len(core), FRAME))]:
+                piece = bytearray(core[start:end])
+                if piece:
+                    file.append(file.prepare(piece, len(piece), plain=start == 0), len(piece))
+            file.finish()
         record.core = Core(state="stored", size_bytes=len(core), compression=compression)
+        if whole_bytes:
+            record.core.state = "reduced"
+            record.core.reason = "some bytes are left out: keep=stacks"
+            record.core.whole_bytes = whole_bytes
+            record.core.absent_bytes = whole_bytes - len(core)
     entry.finish()
     store.close()
     return record
@@ -256,10 +279,11 @@ CORES = {
 }
 
 
-@pytest.mark.parametrize("compression", ["zstd", "none"])
+@pytest.mark.parametrize("compression", ["zstd", "old", "none"])
 @pytest.mark.parametrize("name", CORES)
 def test_dump_gives_the_core_back(store: Path, tmp_path: Path, name: str, compression: str) -> None:
-    keep(store, new_record(), CORES[name], compression=compression)
+    old = compression == "old"
+    keep(store, new_record(), CORES[name], compression="zstd" if old else compression, old=old)
     target = tmp_path / "core"
     assert run(store, "dump", "7", "-o", str(target)) == 0
     assert target.read_bytes() == CORES[name]
@@ -284,6 +308,17 @@ def test_dump_to_standard_output_is_the_same(store: Path, tmp_path: Path, compre
         with start(store, "dump", "7", stdout=file) as program:
             assert program.wait(20) == 0
     assert target.read_bytes() == b"before" + core
+    # A file that is only appended to has no holes, even when it is empty.
+    target.unlink()
+    with target.open("ab") as file, start(store, "dump", "7", stdout=file) as program:
+        assert program.wait(20) == 0
+    assert target.read_bytes() == core
+    # Who writes after us writes behind the core.
+    with target.open("wb") as file:
+        with start(store, "dump", "7", stdout=file) as program:
+            assert program.wait(20) == 0
+        os.write(file.fileno(), b"after")
+    assert target.read_bytes() == core + b"after"
 
 
 @pytest.mark.parametrize("compression", ["zstd", "none"])
@@ -377,13 +412,16 @@ def test_dump_takes_the_newest_that_has_a_core(store: Path, tmp_path: Path, caps
 
 
 @pytest.mark.parametrize(
-    ("damage", "compression"),
+    ("damage", "kind"),
     # A plain core has no checksum, only its size.
-    [(damage, "none") for damage in ("cut", "a little", "empty")]
-    + [(damage, "zstd") for damage in ("cut", "a little", "empty", "flipped", "garbage")],
+    [(damage, "none") for damage in ("cut", "a little", "empty", "longer")]
+    + [(damage, "zstd") for damage in ("cut", "a little", "empty", "flipped", "garbage")]
+    + [(damage, "old") for damage in ("cut", "a little", "empty", "flipped", "garbage")],
 )
-def test_a_damaged_core_is_said(store: Path, tmp_path: Path, capsys: Captured, damage: str, compression: str) -> None:
-    record = keep(store, new_record(), BLOCK * 30, compression=compression)
+def test_a_damaged_core_is_said(store: Path, tmp_path: Path, capsys: Captured, damage: str, kind: str) -> None:
+    plain = BLOCK * 30
+    compression = "none" if kind == "none" else "zstd"
+    record = keep(store, new_record(), plain, compression=compression, old=kind == "old")
     core = Path(str(record.core.path))
     data = bytearray(core.read_bytes())
     if damage == "cut":
@@ -393,15 +431,104 @@ def test_a_damaged_core_is_said(store: Path, tmp_path: Path, capsys: Captured, d
         del data[-5:]
     elif damage == "empty":
         data.clear()
+    elif damage == "longer":
+        data += b"more"
     elif damage == "flipped":
         data[len(data) // 2] ^= 1
     else:
         data[:] = BLOCK
     core.write_bytes(data)
-    assert run(store, "dump", "7", "-o", str(tmp_path / "core")) == 1
+    target = tmp_path / "core"
+    assert run(store, "dump", "7", "-o", str(target)) == 1
     said = capsys.readouterr().err
     assert "the stored core is damaged" in said
+    assert "What can be read was written" in said
     assert "Open it with" not in said
+    found = target.read_bytes()
+    if (damage, kind) == ("flipped", "zstd"):
+        # Frames are independent: one is lost.
+        assert "cannot be read, the others can" in said
+        assert len(found) == len(plain)
+        assert sum(one != other for one, other in zip(found, plain, strict=True)) <= FRAME
+    elif damage in ("cut", "a little", "empty", "longer"):
+        assert plain.startswith(found)
+
+
+def test_much_damage_is_said_in_few_words(store: Path, tmp_path: Path, capsys: Captured) -> None:
+    record = keep(store, new_record(), random.Random(8).randbytes(15 * FRAME))
+    core = Path(str(record.core.path))
+    data = bytearray(core.read_bytes())
+    for at in range(FRAME // 2, len(data) - FRAME, FRAME // 2):
+        data[at] ^= 1
+    core.write_bytes(data)
+    assert run(store, "dump", "7", "-o", str(tmp_path / "core")) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 11
+    assert lines[-1].startswith("... and ")
+
+
+def test_a_record_that_says_less_than_its_core_has(store: Path, tmp_path: Path, capsys: Captured) -> None:
+    record = keep(store, new_record(), bytes(50 << 20))
+    record.core.size_bytes = 4096
+    Path(store, f"{record.id}.json").write_bytes(record.dumps())
+    assert run(store, "dump", "7", "-o", str(tmp_path / "core")) == 1
+    assert "it has more than the 4096 bytes that its record says" in capsys.readouterr().err
+    assert (tmp_path / "core").stat().st_size == 4096
+
+
+def test_a_compression_that_nobody_knows(store: Path, tmp_path: Path, capsys: Captured) -> None:
+    record = keep(store, new_record())
+    record.core.compression = HOSTILE
+    Path(store, f"{record.id}.json").write_bytes(record.dumps())
+    assert run(store, "dump", "7", "-o", str(tmp_path / "core")) == 1
+    said = capsys.readouterr().err
+    assert "which this version does not know" in said
+    assert all(line.isprintable() for line in said.splitlines())
+    assert not (tmp_path / "core").exists()
+
+
+@pytest.mark.parametrize("compression", ["zstd", "none"])
+def test_a_reduced_core(store: Path, tmp_path: Path, capsys: Captured, compression: str) -> None:
+    keep(store, new_record(), BLOCK, compression=compression, whole_bytes=10 << 20)
+    left_out = "9.9M of 10.0M of memory; gdb shows it as unavailable (Cannot access memory)"
+    assert run(store, "info", "7") == 0
+    said = capsys.readouterr().out
+    assert "Core: reduced: some bytes are left out: keep=stacks" in said
+    assert f"Left Out: {left_out}" in said
+    target = tmp_path / "core"
+    assert run(store, "dump", "7", "-o", str(target)) == 0
+    assert capsys.readouterr().err == (
+        f"{target}: {len(BLOCK)} bytes, reduced\nLeft out: {left_out}\nOpen it with: gdb /usr/bin/test {target}\n"
+    )
+    assert target.read_bytes() == BLOCK
+    assert run(store, "list") == 0
+    assert " reduced " in capsys.readouterr().out
+    # A core that was reduced, and then went.
+    record = new_record(pid=8)
+    record.core.state = "reduced"
+    assert ctl._left_out(record) is None
+
+
+def test_what_is_known_of_the_bug(store: Path, capsys: Captured) -> None:
+    facts: dict[str, Any] = {
+        "signature": "0123456789abcdef",
+        "seen": 3,
+        "threads": 16,
+        "build_id": "ab12",
+        "frames": ["libc.so.6+0x1234", f"{HOSTILE}+0x1"],
+    }
+    keep(store, new_record(**facts), None)
+    assert run(store, "info", "7") == 0
+    said = capsys.readouterr().out
+    assert all(line.isprintable() for line in said.splitlines())
+    for expected in (
+        "Signature: 0123456789abcdef",
+        "Seen: 3 times lately, this one included",
+        "Threads: 16",
+        "Build Id: ab12",
+        "Frame: libc.so.6+0x1234",
+    ):
+        assert expected in said
 
 
 def test_a_core_that_is_gone(store: Path, tmp_path: Path, capsys: Captured) -> None:
@@ -411,6 +538,168 @@ def test_a_core_that_is_gone(store: Path, tmp_path: Path, capsys: Captured) -> N
     assert "has no core: its file is not in the store any more" in capsys.readouterr().err
     assert run(store) == 0
     assert " none " in capsys.readouterr().out
+
+
+# Space.
+
+
+def states(path: Path) -> dict[int, str]:
+    store = Store(str(path), create=False)
+    try:
+        return {record.pid: record.core.state for _, record in store.records() if record is not None}
+    finally:
+        store.close()
+
+
+def test_prune_to_a_size(store: Path, capsys: Captured) -> None:
+    kept = [keep(store, new_record(pid=pid), BLOCK * 10) for pid in (1, 2, 3)]
+    each = kept[0].core.stored_bytes
+    assert run(store, "prune", "--to", str(each), "--dry-run") == 0
+    said = capsys.readouterr()
+    assert said.err == f"2 cores would go, {tables.size(2 * each)}\n"
+    assert [line.split()[-1] for line in said.out.splitlines()] == [kept[0].id, kept[1].id]
+    assert states(store) == {1: "stored", 2: "stored", 3: "stored"}
+    assert run(store, "prune", "--to", str(each)) == 0
+    said = capsys.readouterr()
+    assert said.err == f"2 cores removed, {tables.size(2 * each)} freed\n"
+    assert [line.split()[-1] for line in said.out.splitlines()] == [kept[0].id, kept[1].id]
+    assert states(store) == {1: "none", 2: "none", 3: "stored"}
+    assert run(store, "info", "1") == 0
+    assert "pruned" in capsys.readouterr().out
+    # Nothing left to do is no failure: it may be a timer's.
+    assert run(store, "prune", "--to", str(each)) == 0
+    assert capsys.readouterr() == ("", "0 cores removed, 0B freed\n")
+    assert run(store, "prune", "--to", "0") == 0
+    assert capsys.readouterr().err.startswith("1 core removed, ")
+
+
+def test_prune_by_match_and_by_age(store: Path, capsys: Captured) -> None:
+    for pid, comm in ((1, "one"), (2, "two"), (3, "one")):
+        keep(store, new_record(pid=pid, comm=comm))
+    assert run(store, "prune", "one", "--older-than", "1h") == 0
+    assert set(states(store).values()) == {"stored"}
+    capsys.readouterr()
+    assert run(store, "prune", "nobody") == 1
+    assert "no crash matches 'nobody'" in capsys.readouterr().err
+    assert run(store, "prune", "one") == 0
+    assert states(store) == {1: "none", 2: "stored", 3: "none"}
+    # Ids begin with the time at which a crash came.
+    for path in list(store.glob("*-2-*")):
+        name = "20200101T000000" + path.name[15:]
+        if path.suffix == ".json":
+            old = Record.from_json(json.loads(path.read_text()))
+            old.id = name.split(".")[0]
+            old.core.path = str(old.core.path).replace(path.name.split(".")[0], old.id)
+            path.write_bytes(old.dumps())
+        path.rename(store / name)
+    assert run(store, "prune", "--older-than", "30d") == 0
+    assert states(store)[2] == "none"
+
+
+def test_prune_removes_nothing_unasked(store: Path, capsys: Captured) -> None:
+    keep(store, new_record())
+    for arguments in ([], ["--dry-run"]):
+        assert run(store, "prune", *arguments) == 1
+        assert "say which cores: --to SIZE, --older-than AGE, or a MATCH" in capsys.readouterr().err
+    for arguments in (["--to", "much"], ["--to", "-1"], ["--older-than", "old"], ["--older-than", "0"]):
+        with pytest.raises(SystemExit) as ended:
+            run(store, "prune", *arguments)
+        assert ended.value.code == 2
+        assert f"'{arguments[1]}' is" in capsys.readouterr().err or arguments[1] == "-1"
+    assert states(store) == {7: "stored"}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: sudo .venv/bin/python -m pytest")
+def test_prune_is_for_the_owner_of_the_store() -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        os.chmod(directory, 0o755)
+        store = Path(directory, "store")
+        keep(store, new_record())
+        code = (
+            "import os, sys; from receiver import ctl, dump, stored; os.setresuid(1000, 1000, 1000); "
+            f"sys.exit(ctl.main(['--store', {str(store)!r}, 'prune', '--to', '0']))"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False)
+        assert done.returncode == 1
+        assert "not yours to remove cores from. Run it as the store's owner (root)" in done.stderr
+        assert states(store) == {7: "stored"}
+
+
+def test_usage_of_space(store: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CORE_PIPE_STORE_MAX", "100M")
+    monkeypatch.setenv("CORE_PIPE_KEEP_FREE", "off")
+    monkeypatch.setenv("CORE_PIPE_AGE_MAX", "30d")
+    one = keep(store, new_record(exe="/opt/one"), BLOCK * 10)
+    two = keep(store, new_record(exe=HOSTILE, uid=33), BLOCK * 20)
+    keep(store, new_record(exe="/opt/one"), None)
+    assert run(store, "usage") == 0
+    said = capsys.readouterr().out
+    assert all(line.isprintable() for line in said.splitlines())
+    words = [line.split() for line in said.splitlines()]
+    sizes = [tables.size(record.core.stored_bytes) for record in (one, two)]
+    assert ["1000", "1", sizes[0], "2"] in words
+    assert ["33", "1", sizes[1], "1"] in words
+    assert ["/opt/one", "1", sizes[0], "2"] in words
+    total = one.core.stored_bytes + two.core.stored_bytes
+    assert ["all", "2", tables.size(total), "3"] in words
+    left = tables.size((100 << 20) - total)
+    assert ["store_max", "100M", tables.size(total), left] in words
+    assert any(line[:2] == ["age_max", "30d"] for line in words)
+    assert said.endswith("before an old one goes (store_max).\n") or "(keep_free)" in said
+    assert run(store, "usage", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["total"] == {"cores": 2, "bytes": total, "records": 3}
+    assert found["writing"] == {"cores": 0, "bytes": 0}
+    assert found["users"] == [
+        {"uid": 33, "cores": 1, "bytes": two.core.stored_bytes, "records": 1},
+        {"uid": 1000, "cores": 1, "bytes": one.core.stored_bytes, "records": 2},
+    ]
+    assert [row["program"] for row in found["programs"]] == [HOSTILE, "/opt/one"]
+    limits = {row["name"]: row for row in found["limits"]}
+    assert limits["store_max"] == {
+        "name": "store_max",
+        "unit": "bytes",
+        "limit": 100 << 20,
+        "used": total,
+        "headroom": (100 << 20) - total,
+    }
+    assert found["limiting"] in ("store_max", "keep_free", "memory")
+    assert 0 < found["headroom_bytes"] <= (100 << 20) - total
+
+
+def test_usage_of_a_store_that_is_full(store: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CORE_PIPE_CORES_MAX", "2")
+    for pid in range(25):
+        keep(store, new_record(pid=pid, exe=f"/opt/{pid}"), b"core" if pid < 2 else None)
+    Path(store, "x.json").write_text("garbage")
+    assert run(store, "usage") == 0
+    said = capsys.readouterr().out
+    assert "A next core takes an old one's room (cores_max)." in said
+    assert "... and 6 more (--json has them all)" in said
+    assert any(line.split()[0] == "?" for line in said.splitlines() if line)
+
+
+def test_usage_of_a_new_store(store: Path, capsys: Captured) -> None:
+    store.mkdir()
+    assert run(store, "usage") == 0
+    assert "all" in capsys.readouterr().out
+    assert run(store, "usage", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["total"] == {"cores": 0, "bytes": 0, "records": 0}
+
+
+def test_durations_and_sizes() -> None:
+    for seconds, text in (
+        (0, "0s"),
+        (59, "59s"),
+        (60, "1min"),
+        (90, "90s"),
+        (150, "2min"),
+        (7200, "2h"),
+        (86400, "1d"),
+    ):
+        assert tables.duration(seconds) == text
+    for number, text in ((0, "0B"), (1023, "1023B"), (1024, "1.0K"), (300 << 20, "300M"), (5 << 50, "5120T")):
+        assert tables.size(number) == text
 
 
 # The other end of standard output.

@@ -669,13 +669,13 @@ def a_listening_socket(forwarder: FakeForwarder) -> None:
 
 def a_silent_pipe(forwarder: FakeForwarder) -> None:
     write = forwarder.offered().pass_pipe()
-    assert forwarder.done()["reason"] == b"the core was not kept: no byte of the core came for 0.3 s"
+    assert forwarder.done()["reason"] == b"no byte of the core came for 0.3 s"
     os.close(write)
 
 
 def a_pipe_that_falls_silent(forwarder: FakeForwarder) -> None:
     write = forwarder.offered().pass_pipe()
-    feed(write, CORE[:-1])
+    feed(write, b"no core" * 1000)
     assert forwarder.done()["reason"] == b"the core was not kept: no byte of the core came for 0.3 s"
     os.close(write)
 
@@ -737,7 +737,7 @@ def unharmed(found: Running, more: int) -> Iterator[None]:
     assert "Traceback" not in said
     assert "worker" not in said, said
     directory = f"{found.container.root}{found.store}"
-    assert [name for name in os.listdir(directory) if name.startswith(".") and name != ".lock"] == []
+    assert [name for name in os.listdir(directory) if name.startswith(".") and name not in (".lock", ".history")] == []
 
 
 @pytest.mark.parametrize("misbehave", BEFORE)
@@ -788,7 +788,7 @@ def test_a_soft_limit_of_zero_wants_the_record_only(target: Running) -> None:
     assert (core["state"], core["reason"]) == ("none", "the soft core limit (ulimit -c) of the process is 0")
 
 
-@pytest.mark.parametrize(("limit", "state"), [(len(CORE), "stored"), (len(CORE) - 1, "none"), (1, "none")])
+@pytest.mark.parametrize(("limit", "state"), [(len(CORE), "stored"), (len(CORE) - 1, "reduced"), (1, "none")])
 def test_a_soft_limit_smaller_than_the_core(target: Running, limit: int, state: str) -> None:
     with unharmed(target, more=1), target.connect() as forwarder:
         write = forwarder.offered(core_limit=b"%d" % limit).pass_pipe()
@@ -799,17 +799,20 @@ def test_a_soft_limit_smaller_than_the_core(target: Running, limit: int, state: 
     record = target.records()[-2]
     assert record["core_limit"] == limit
     assert record["core"]["state"] == state
-    assert record["core"]["size_bytes"] == len(CORE)
-    if state == "none":
-        expected = f"its {len(CORE)} bytes are more than {limit} (soft core limit (ulimit -c))"
+    assert record["core"]["whole_bytes"] == len(CORE)
+    if state == "reduced":
+        assert 0 < record["core"]["size_bytes"] <= limit
+        assert record["core"]["reason"].endswith(f"the soft core limit (ulimit -c) allows {limit} bytes")
+    elif state == "none":
+        expected = f"its headers and registers alone, 4096 bytes, leave nothing of {limit} (the soft core limit"
         assert expected in record["core"]["reason"]
 
 
 def test_core_max(container: PlainContainer) -> None:
     with running(container, core_max="1M") as found:
         for data, state in (
-            (CORE, "none"),
-            (CORE[: MIB // 2], "none"),
+            (CORE, "reduced"),
+            (CORE[: MIB // 2], "reduced"),
             (b"x" * MIB, "stored"),
             (b"x" * 2 * MIB, "none"),
         ):
@@ -820,9 +823,11 @@ def test_core_max(container: PlainContainer) -> None:
                 os.close(write)
                 assert forwarder.done()["state"] == state.encode()
         for record in found.wait_for_records(4):
-            if record["core"]["state"] == "none":
-                assert f"more than {MIB}" in record["core"]["reason"]
-                assert record["core"]["reason"].endswith("(core_max)")
+            assert record["core"]["size_bytes"] <= MIB
+            if record["core"]["state"] == "reduced":
+                assert record["core"]["reason"].endswith(f"core_max allows {MIB} bytes")
+            elif record["core"]["state"] == "none":
+                assert record["core"]["reason"].endswith(f"more than {MIB} bytes (core_max)")
         assert found.stop() == 0
 
 
@@ -833,7 +838,7 @@ def fill_up(path: str) -> None:
 
 
 def test_a_store_that_is_full(container: PlainContainer) -> None:
-    """The disk is the container's, 2 MiB small: no core, but the record, the reason, and nothing left over."""
+    """The disk is the container's, 2 MiB small: what fits of the core, the reason, and nothing left over."""
     data = elf64([(0x1000, 8 * MIB)]) + random.Random(1).randbytes(8 * MIB)
     with running(container, store="/small/store", store_max="off", keep_free="off") as found:
         directory = Path(f"{container.root}/small/store")
@@ -843,11 +848,12 @@ def test_a_store_that_is_full(container: PlainContainer) -> None:
                 with contextlib.suppress(BrokenPipeError):
                     feed(write, data)
                 os.close(write)
-                assert forwarder.done()["state"] == b"none"
+                assert forwarder.done()["state"] == b"reduced"
             record = found.wait_for_records(n + 1)[-1]
-            assert "keep_free" in record["core"]["reason"] or "No space left" in record["core"]["reason"]
+            assert "the file system is full" in record["core"]["reason"]
+            assert record["core"]["size_bytes"] > MIB // 2
             names = {name for name in os.listdir(directory) if not name.endswith(".json")}
-            assert names == {".lock"}
+            assert names == {".lock", ".history", os.path.basename(record["core"]["path"])}
         # Somebody else takes the rest while a core is written: the kernel itself says no.
         with found.connect() as forwarder:
             write = forwarder.offered().pass_pipe()
@@ -857,9 +863,11 @@ def test_a_store_that_is_full(container: PlainContainer) -> None:
             with contextlib.suppress(BrokenPipeError):
                 feed(write, data[MIB:])
             os.close(write)
-            assert forwarder.done()["state"] == b"none"
+            assert forwarder.done()["state"] in (b"reduced", b"none")
         wait_until(lambda: not found.workers(), 20, "the worker has ended")
-        # Not a byte for a record either: it is refused, and the forwarder asks the next receiver.
+        # Not a byte for a record either, and no core that could go: it is refused, and the next receiver is asked.
+        for core in directory.glob("*.core*"):
+            core.unlink()
         fill_up(f"{container.root}/small/others")
         with found.connect() as forwarder:
             reason = forwarder.refused()
@@ -873,7 +881,9 @@ def test_a_store_that_is_full(container: PlainContainer) -> None:
         # The crash whose record had no room has one as soon as somebody looks after the store.
         with running(container, store="/small/store"):
             wait_until(lambda: len(found.records()) == 5, 20, "all five")
-        assert not [name for name in os.listdir(directory) if name.startswith(".") and name != ".lock"]
+        assert not [
+            name for name in os.listdir(directory) if name.startswith(".") and name not in (".lock", ".history")
+        ]
     container.run(["rm", "-r", "/small/store"], check=True)
 
 

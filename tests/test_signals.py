@@ -67,13 +67,27 @@ def test_core_limit_zero_leaves_a_record(container: PlainContainer) -> None:
     assert record["core_limit"] == 0
 
 
-def test_core_limit_that_is_too_small_leaves_a_record(container: PlainContainer) -> None:
+def test_a_core_limit_is_a_budget(container: PlainContainer, tmp_path: Path) -> None:
     before = len(list_records(container))
-    crash(container, "SEGV", "--core-limit", "100000", "--fill", str(1 << 20), "random")
+    found = crash(container, "SEGV", "--core-limit", "300000", "--fill", str(8 << 20), "random")
+    assert found.core_dumped
+    record = wait_for_records(container, before + 1)[-1]
+    assert record["core"]["state"] == "reduced"
+    assert record["core"]["reason"].endswith("the soft core limit (ulimit -c) allows 300000 bytes")
+    assert record["core"]["size_bytes"] <= 300000
+    assert record["core"]["whole_bytes"] > 8 << 20
+    core = dump(container, str(found.pid), tmp_path / "core")
+    said = gdb(compile_crasher("crash"), core, "bt", "p known_buffer[4194304]")
+    assert "in main (" in said
+    assert "Cannot access memory" in said
+
+
+def test_a_core_limit_that_leaves_nothing(container: PlainContainer) -> None:
+    before = len(list_records(container))
+    crash(container, "SEGV", "--core-limit", "4096")
     record = wait_for_records(container, before + 1)[-1]
     assert record["core"]["state"] == "none"
-    assert "more than 100000 (soft core limit" in record["core"]["reason"]
-    assert record["core"]["size_bytes"] > 1 << 20
+    assert "leave nothing of 4096 (the soft core limit" in record["core"]["reason"]
 
 
 def test_a_huge_environment_and_thousands_of_open_files(container: PlainContainer) -> None:

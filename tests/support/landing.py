@@ -37,7 +37,7 @@ def store_of(place: Container, forwarder: Forwarder) -> Path:
 def names(store: Path) -> set[str]:
     """All that a store holds, what is hidden in it too."""
     with contextlib.suppress(FileNotFoundError):
-        return set(os.listdir(store)) - {".lock"}
+        return set(os.listdir(store)) - {".lock", ".history"}
     return set()
 
 
