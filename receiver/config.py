@@ -377,7 +377,7 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         "same_max",
-        "20",
+        "256",
         _whole_or_off(1, 1_000_000),
         "a whole number from 1 to 1000000; 'off' for no limit",
         "The cores that are kept of the same crash (by its signature: executable, signal, innermost functions) within "
@@ -392,7 +392,7 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         "loop_max",
-        "50",
+        "1024",
         _whole_or_off(1, 1_000_000),
         "a whole number from 1 to 1000000; 'off' for no limit",
         "The cores that are kept of one executable within loop_seconds, whatever it crashes of. Those after them leave "

@@ -227,7 +227,8 @@ def _own_stack(memory: Memory, thread: Thread, near: int, number: int) -> Iterat
     top = max(start, thread.tls - NEAR_STACK)
     yield top, min(end, thread.tls + NEAR_STACK), near
     if start < top:
-        yield max(start, thread.tls - DEEP_STACK), top, rank(DEEP, number)
+        # How far it was used is not known. The crashed thread's is worth the guess, others' after all that is certain.
+        yield max(start, thread.tls - DEEP_STACK), top, rank(GLOBALS, _WEIGHT - 1) if number else rank(DEEP)
 
 
 def _main_stack(memory: Memory, notes: Notes) -> Iterator[tuple[int, int, int]]:
@@ -314,7 +315,7 @@ def _heap(memory: Memory, notes: Notes) -> Iterator[tuple[int, int, int]]:
             size = min(segment.file_size, left)
             left -= size
             # It may be all for nothing, so whatever is known to be of use comes before most of it.
-            yield segment.address, segment.address + size, rank(GLOBALS, _WEIGHT - 1)
+            yield segment.address, segment.address + size, rank(GLOBALS, _WEIGHT - 2)
             if left == HEAP - size:
                 yield segment.address, segment.address + min(size, FIRST_OF_HEAP), rank(LINKAGE, 3)
 

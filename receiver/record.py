@@ -29,7 +29,9 @@ def rfc3339(seconds: float) -> str:
 
 
 def signal_name(number: int) -> str:
-    """`SIGSEGV` for 11; `SIG<n>` for a number that has no name here."""
+    """`SIGSEGV` for 11; `SIG<n>` for a number that has no name here; 0 is what nobody told."""
+    if number == 0:
+        return "unknown"
     try:
         return signals.Signals(number).name
     except ValueError:

@@ -54,6 +54,9 @@ class Service:
         try:
             tell_systemd("READY=1")
             recover(self.config)
+            if self.config.compression == "zstd":
+                # Once, and not in each worker while a process waits for it.
+                import zstandard  # noqa: F401, PLC0415
             self._loop()
         finally:
             tell_systemd("STOPPING=1")

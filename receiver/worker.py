@@ -17,7 +17,7 @@ from receiver.history import History
 from receiver.log import log
 from receiver.process import MAX_ARGUMENTS, MAX_ENVIRONMENT, OVERFLOW_ID, Process, arguments, mask, user_may_read
 from receiver.protocol import Channel, Message, PeerGone, ProtocolError, printable
-from receiver.record import UNLIMITED, Core, Record, text
+from receiver.record import UNLIMITED, Core, Record, signal_name, text
 from receiver.store import NoRoom, Store, StoreError
 
 if TYPE_CHECKING:
@@ -294,6 +294,18 @@ def _remember(store: Store, record: Record, *, kept: bool = False) -> None:
         History(store.directory).add(time.time(), _bug_of_user(record), _whose(record), kept=kept)
 
 
+def _complete(record: Record, witness: Witness) -> None:
+    """Take from the notes what the kernel has not told the forwarder (by its coredump socket): signal and thread."""
+    notes = witness.notes
+    if record.signal == 0 and notes.signal:
+        record.signal, record.signal_name = notes.signal, signal_name(notes.signal)
+        if len(notes.threads):
+            record.own_tid = notes.threads[0].tid
+            if record.own_pid in (None, record.pid):
+                # The process's own numbering is ours.
+                record.tid = record.own_tid
+
+
 def _wish(config: Config, offered: Offered) -> Wish:
     """Return how much of the core is wanted."""
     record = offered.record
@@ -322,6 +334,7 @@ def _capture(fd: int, config: Config, entry: Entry, offered: Offered) -> None:
         return found >= config.same_max
 
     def witnessed(witness: Witness) -> None:
+        _complete(record, witness)
         record.threads = len(witness.notes.threads)
         record.build_id = witness.build_of_program()
         record.frames = [f"{frame.module}+{frame.offset:#x}" for frame in witness.frames()]

@@ -673,10 +673,11 @@ def high_water_mark(pid: int) -> int:
 
 
 @pytest.mark.kernel
+@pytest.mark.parametrize("size", [1, 1000, pytest.param(4096, marks=pytest.mark.long)])
 @pytest.mark.parametrize("limit", ["off", "64M"])
 @pytest.mark.parametrize("compression", ["zstd", "none"])
-def test_the_memory_of_a_worker_is_bounded(container: PlainContainer, compression: str, limit: str) -> None:
-    """1 GiB goes through a worker: headers of 1000 mappings, bytes, pages of zeros; whole and reduced."""
+def test_the_memory_of_a_worker_is_bounded(container: PlainContainer, compression: str, limit: str, size: int) -> None:
+    """1 MiB to 4 GiB go through a worker: headers of many mappings, bytes, pages of zeros; whole and reduced."""
     environment = {
         "CORE_PIPE_COMPRESSION": compression,
         "CORE_PIPE_STORE_MAX": "off",
@@ -689,18 +690,81 @@ def test_the_memory_of_a_worker_is_bounded(container: PlainContainer, compressio
         with FakeForwarder(f"{container.root}{SOCKET}", seconds=60) as forwarder:
             write = forwarder.offered().pass_pipe()
             (worker,) = wait_until(lambda: processes.children(receiver.process.host_pid), 20, "a worker")
-            feed(write, elf64([(MIB * (n + 1), MIB) for n in range(1000)]).ljust(MIB, b"\0"))
-            for _ in range(1000):
+            feed(write, elf64([(MIB * (n + 1), MIB) for n in range(size)]).ljust(MIB, b"\0"))
+            for _ in range(size):
                 feed(write, piece, seconds=60)
             mark = high_water_mark(worker)
             os.close(write)
             said = forwarder.done()
         record = wait_for_records(container)[-1]
     container.run(["rm", "-r", "/var/lib/core_pipe"], check=True)
-    assert said["state"] == (b"stored" if limit == "off" else b"reduced")
-    assert record["core"]["whole_bytes"] == 1001 * MIB
-    assert (record["core"]["size_bytes"] == 1001 * MIB) == (limit == "off")
+    whole = (size + 1) * MIB
+    assert said["state"] == (b"stored" if limit == "off" or whole < 64 * MIB else b"reduced")
+    assert record["core"]["whole_bytes"] == whole
+    assert (record["core"]["size_bytes"] == whole) == (said["state"] == b"stored")
+    print(f"{size} MiB, {compression}, core_max {limit}: {mark / MIB:.1f} MiB resident at the most")
     assert mark <= 32 * MIB
+
+
+@pytest.mark.parametrize("times", [25, pytest.param(500, marks=pytest.mark.long)])
+def test_a_worker_that_is_killed_at_any_point(tmp_path: Path, times: int) -> None:
+    """In a store that is too small for two: whole cores, reduced cores and records, and nothing else, each time."""
+    chance = random.Random(times)
+    data = [a_core(heap=size, threads=3) for size in (100, 900, 2500)]
+    limit = 6 * MIB
+
+    def opened() -> Store:
+        return Store(str(tmp_path / "store"), limit=lambda _whole: limit, records=20)
+
+    begun = 0
+    for _ in range(times):
+        core = chance.choice(data)
+        compression = chance.choice(["zstd", "none"])
+        wish = Wish(chance.choice([None, 1 * MIB]), "test")
+        read, write = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                os.close(write)
+                store = opened()
+                entry = store.begin(new_record())
+                entry.record.core = Capture(read, entry, compression=compression, stall_seconds=20, wish=wish).run()
+                entry.finish()
+            finally:
+                os._exit(0)
+        os.close(read)
+        # At the end it has the time to finish, or not quite.
+        fed = chance.randint(0, len(core) + len(core) // 4)
+        try:
+            feed(write, core[:fed])
+        except BrokenPipeError:
+            pass
+        if fed >= len(core) and chance.random() < 0.5:
+            os.close(write)
+            write = -1
+            os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        if write >= 0:
+            os.close(write)
+        begun += 1
+        store = opened()
+        store.recover()
+        assert not [name for name in store.names() if name.startswith(".") and name != ".lock"]
+        assert store.used() <= limit
+        for owner, record in store.records():
+            assert record is not None, owner
+            if record.core.path is None:
+                continue
+            fd = store.open_core(record)
+            plain = b"".join(StoredCore(fd, record.core.compression).blocks())
+            os.close(fd)
+            assert len(plain) == record.core.size_bytes
+            if record.core.state == "stored":
+                assert plain in data
+            else:
+                check_reduced(next(whole for whole in data if len(whole) == record.core.whole_bytes), plain)
+        store.close()
 
 
 @pytest.mark.kernel

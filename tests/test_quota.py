@@ -185,6 +185,34 @@ def test_a_store_is_never_above_its_limit(tmp_path: Path, size: int, limit: int,
         assert "in main (" in gdb(compile_crasher("crash"), core, "bt")
 
 
+SHOW_CPU = """
+if [ -f /sys/fs/cgroup/cgroup.controllers ]; then exit 0; fi
+mount -t tmpfs cgroups /sys/fs/cgroup
+mkdir /sys/fs/cgroup/cpu
+mount -t cgroup -o cpu cgroup /sys/fs/cgroup/cpu && exit 0
+umount /sys/fs/cgroup
+mount -t cgroup2 cgroup /sys/fs/cgroup
+"""
+
+
+def test_compression_gives_way_to_a_cpu_quota() -> None:
+    """A process does not wait for the compression of its core where the container's quota makes that slow."""
+    with PlainContainer() as container:
+        container.run(["sh", "-c", SHOW_CPU], check=True)
+        with resident(container, env=ROOMY):
+            container.joins_cgroup = False
+            crash(container, "SEGV", "--fill", str(48 * MIB), "text")
+            wait_for_records(container, 1)
+            container.cgroup.limit_cpu(10)
+            crash(container, "SEGV", "--fill", str(48 * MIB), "text", timeout=120)
+            fast, slow = (record["core"] for record in wait_for_records(container, 2))
+            container.cgroup.limit_cpu(100)
+            container.joins_cgroup = True
+        assert container.cgroup.throttled() > 0
+        assert (fast["state"], slow["state"]) == ("stored", "stored")
+        assert fast["stored_bytes"] < 4 * MIB < 16 * MIB < slow["stored_bytes"]
+
+
 # The same crash again and again.
 
 

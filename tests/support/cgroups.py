@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tests.support import processes
@@ -48,13 +49,13 @@ def directories_of(pid: int) -> list[str]:
 
 
 class Cgroup:
-    """A cgroup at the top of every hierarchy that matters (memory, pids, systemd's, v2's).
+    """A cgroup at the top of every hierarchy that matters (memory, cpu, pids, systemd's, v2's).
 
     `directories` are what a process joins; `memory_directory` has the memory controller's files.
     """
 
     # cpuset wants to be set up before a process can join; the others limit nothing here.
-    _V1 = ("memory", "pids", "name=systemd")
+    _V1 = ("memory", "cpu", "pids", "name=systemd")
 
     def __init__(self, name: str, memory_bytes: int | None = None) -> None:
         mounts = hierarchies()
@@ -63,6 +64,7 @@ class Cgroup:
         self.directories = sorted(os.path.join(mount, name) for mount in wanted)
         self.version = 1 if "memory" in mounts else 2
         self.memory_directory = os.path.join(mounts.get("memory", mounts.get("", "/sys/fs/cgroup")), name)
+        self.cpu_directory = os.path.join(mounts.get("cpu", mounts.get("", "/sys/fs/cgroup")), name)
         try:
             if self.version == 2:
                 self._delegate(os.path.dirname(self.memory_directory))
@@ -77,7 +79,7 @@ class Cgroup:
     @staticmethod
     def _delegate(parent: str) -> None:
         """Give the cgroups below a v2 one these controllers; systemd has done that already on most machines."""
-        for controller in ("memory", "pids"):
+        for controller in ("memory", "cpu", "pids"):
             with contextlib.suppress(OSError), open(os.path.join(parent, "cgroup.subtree_control"), "w") as file:
                 file.write(f"+{controller}")
 
@@ -86,6 +88,19 @@ class Cgroup:
             os.path.join(self.memory_directory, self._name("limit_in_bytes", "max")), "w", encoding="ascii"
         ) as file:
             file.write(str(limit))
+
+    def limit_cpu(self, percent: int) -> None:
+        """Give its processes so much of one processor, in periods of 100 ms."""
+        quota = f"{percent * 1000}"
+        if self.version == 1:
+            Path(self.cpu_directory, "cpu.cfs_quota_us").write_text(quota, encoding="ascii")
+        else:
+            Path(self.cpu_directory, "cpu.max").write_text(f"{quota} 100000", encoding="ascii")
+
+    def throttled(self) -> int:
+        """How often the processor was withheld."""
+        text = Path(self.cpu_directory, "cpu.stat").read_text(encoding="ascii")
+        return dict(_counters(text))["nr_throttled"]
 
     def _name(self, v1: str, v2: str) -> str:
         return f"memory.{v1 if self.version == 1 else v2}"
