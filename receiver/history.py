@@ -10,9 +10,10 @@ To be used with the store's lock held.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
+
+from receiver.signature import digest
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -37,12 +38,12 @@ class History:
 
     def cores_of(self, exe: str, within_seconds: float, now: float) -> int:
         """Return how many cores of a program were kept in the seconds before `now` (since the epoch)."""
-        wanted = _hash(exe)
+        wanted = digest(exe)
         return sum(line[2] == wanted and line[3] == "1" for line in self._lines(within_seconds, now))
 
     def add(self, now: float, signature: str, exe: str, *, kept: bool) -> None:
         """Note a crash, unless the disk is full. signature: 16 hex digits; anything else stands for none."""
-        text = f"{now:.3f} {signature if _is_hex(signature) else '-'} {_hash(exe)} {int(kept)}"
+        text = f"{now:.3f} {signature if _is_hex(signature) else '-'} {digest(exe)} {int(kept)}"
         if _parse(text) is None:
             return
         line = text.encode("ascii") + b"\n"
@@ -116,10 +117,6 @@ def _read(fd: int) -> bytes:
     """Return the end of the file: it is no longer than that, unless somebody else wrote it."""
     size = os.fstat(fd).st_size
     return os.pread(fd, MAX_SIZE, max(0, size - MAX_SIZE))
-
-
-def _hash(exe: str) -> str:
-    return hashlib.blake2b(exe.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
 def _is_hex(text: str) -> bool:

@@ -290,14 +290,14 @@ def _linkage(memory: Memory, notes: Notes) -> Iterator[tuple[int, int, int]]:
     if vdso is not None:
         segment = memory.segments[vdso]
         yield segment.address, segment.address + min(segment.file_size, SMALL), rank(LINKAGE, 1)
-    yield from _small(memory, rank(LINKAGE, 2))
+    yield from _small(memory, notes, rank(LINKAGE, 2))
 
 
-def _small(memory: Memory, number: int) -> Iterator[tuple[int, int, int]]:
-    """Yield what is small and was written to: the linker's first allocations, and what libpthread knows of threads."""
+def _small(memory: Memory, notes: Notes, number: int) -> Iterator[tuple[int, int, int]]:
+    """Yield what is small, has no file behind it and was written to: the linker's first allocations are there."""
     total = 0
     for segment in memory.segments:
-        if _is_written(segment) and segment.file_size <= SMALL:
+        if _is_written(segment) and segment.file_size <= SMALL and notes.files.index(segment.address) is None:
             total += segment.file_size
             if total > SMALL_TOTAL:
                 return

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import socket
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from receiver import plan, protocol
@@ -18,6 +16,7 @@ from receiver.log import log
 from receiver.process import MAX_ARGUMENTS, MAX_ENVIRONMENT, OVERFLOW_ID, Process, arguments, mask, user_may_read
 from receiver.protocol import Channel, Message, PeerGone, ProtocolError, printable
 from receiver.record import UNLIMITED, Core, Record, signal_name, text
+from receiver.signature import digest
 from receiver.store import NoRoom, Store, StoreError
 
 if TYPE_CHECKING:
@@ -35,7 +34,6 @@ class Unwanted(Exception):
     """The offer is refused. The text is the reason, for the forwarder's records."""
 
 
-@dataclass(slots=True)
 class Offered:
     """An offer that was looked at: its record so far, and what else it says.
 
@@ -43,11 +41,14 @@ class Offered:
     memory: a descriptor of the process's memory, -1 without; to be closed with `close`.
     """
 
-    record: Record
-    core_limit: int
-    begun: float
-    reader: int | None
-    memory: int = -1
+    __slots__ = ("begun", "core_limit", "memory", "reader", "record")
+
+    def __init__(self, record: Record, core_limit: int, begun: float) -> None:
+        self.record = record
+        self.core_limit = core_limit
+        self.begun = begun
+        self.reader: int | None = None
+        self.memory = -1
 
     def take_memory(self) -> int:
         """Return the descriptor, which is the caller's from now on."""
@@ -153,7 +154,7 @@ def look_at(offer: Message, config: Config) -> Offered:
     record.own_tid = offer.number("own_tid", 0) or None
     record.tried = [printable(line) for line in offer.fields.get("tried", b"").splitlines()[:16]]
     record.host_name = os.uname().nodename
-    offered = Offered(record, offer.number("core_limit", UNLIMITED), time.monotonic(), None)
+    offered = Offered(record, offer.number("core_limit", UNLIMITED), time.monotonic())
     secret = re.compile(config.secret_pattern, re.IGNORECASE)
     secure = _look_at_process(offered) if process.pid and thread.pid else None
     _fill_in(record, offer, secret)
@@ -284,8 +285,7 @@ def _whose(record: Record) -> str:
 
 def _bug_of_user(record: Record) -> str:
     """Return what counts as the same crash, likewise."""
-    own = f"{record.uid} {record.signature}".encode()
-    return hashlib.blake2b(own, digest_size=8).hexdigest() if record.signature else ""
+    return digest(f"{record.uid} {record.signature}") if record.signature else ""
 
 
 def _remember(store: Store, record: Record, *, kept: bool = False) -> None:
