@@ -126,6 +126,7 @@ class Capture:
         self._shortage: str | None = None
         # What the disk has had room for, once it has said that it is full.
         self._cap: int | None = None
+        self._settled = False
         self._limited = False
         self._head: Head | None = None
         self._header = b""
@@ -367,7 +368,7 @@ class Capture:
             except OSError as error:
                 if error.errno not in _NO_ROOM:
                     raise
-                if self._entry.relieve(taken + self._closing):
+                if self._settle() or self._entry.relieve(taken + self._closing):
                     continue
                 shortage = error.strerror or ""
                 # Not to the brim again: a file system without a free block may not even make holes (btrfs).
@@ -383,6 +384,11 @@ class Capture:
         if frame.rank and taken >= _WORTH_A_HOLE:
             heapq.heappush(self._expendable, (-frame.rank, -len(self._frames)))
         self._frames.append(frame)
+
+    def _settle(self) -> bool:
+        """Have the disk count what was removed lately, once. Returns whether that may have helped."""
+        settled, self._settled = self._settled, True
+        return not settled and self._entry.settle()
 
     def _grow(self, taken: int) -> None:
         """See to it that so much more may be written. Raises NoRoom, OSError."""

@@ -251,6 +251,13 @@ class Store:
         """Whether the store is on btrfs, which needs free blocks for whatever it does but to remove a file."""
         return self._retention.on_btrfs()
 
+    def settle(self) -> bool:
+        """See what was removed lately become free. Returns whether this is a file system that is slow to count it."""
+        if not self._retention.on_btrfs():
+            return False
+        self._retention.settle_btrfs()
+        return True
+
     def spend_hold(self, owner: str) -> bool:
         """Remove a crash's hold, and see its blocks free. Returns whether there was one. Call it with the lock held."""
         name = f".{owner}.hold"
@@ -704,6 +711,10 @@ class Entry:
         limits = (self.store.limits.store_max(whole), self.store.limits.user_max(whole))
         free = system.f_bavail * system.f_frsize
         return size <= min([free, *(limit for limit in limits if limit is not None)])
+
+    def settle(self) -> bool:
+        """See what was removed lately become free. Returns whether that may have helped: on btrfs."""
+        return self.store.settle()
 
     def spend_hold(self) -> bool:
         """Give the blocks that are held for the record back to a file system that cannot make a hole without some.

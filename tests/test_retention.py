@@ -551,7 +551,7 @@ def test_a_quota_of_btrfs(tmp_path: Path) -> None:
                 ["subvolume", "create", f"{where}/store"],
                 ["quota", "enable", str(where)],
                 ["quota", "rescan", "-w", str(where)],
-                ["qgroup", "limit", "24M", f"{where}/store"],
+                ["qgroup", "limit", "30M", f"{where}/store"],
             ):
                 subprocess.run(["btrfs", *command], check=True, timeout=60, capture_output=True)
             store = Store(str(where / "store"))

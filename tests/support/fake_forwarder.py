@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import os
 import select
 import socket
@@ -62,7 +63,9 @@ class FakeForwarder:
 
     def refused(self, **fields: bytes) -> str:
         """Offer, be refused, and return the reason."""
-        self.offer(**fields)
+        # It may have been refused for who it is, before it could say anything.
+        with contextlib.suppress(BrokenPipeError):
+            self.offer(**fields)
         answer = self.answer()
         assert answer.kind == protocol.REFUSE, answer.fields
         return answer.fields["reason"].decode("ascii")
