@@ -30,7 +30,8 @@ def read_at(directory: int, name: str, limit: int) -> bytes:
     try:
         parts = []
         while limit > 0:
-            part = os.read(fd, limit)
+            # Not all at once: as much memory would be mapped, touched and given back.
+            part = os.read(fd, min(limit, 16384))
             if not part:
                 break
             parts.append(part)

@@ -38,6 +38,8 @@ _ROW, _FRAME_ROW, _TAIL = 56, 8, 3 * PAGE
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # A range that is given up by itself, and not together with its neighbours.
 _OF_ITS_OWN = 256 << 10
+# A second of reading.
+_READ_IN_VAIN = 1 << 30
 # A frame of less may not free a whole block.
 _WORTH_A_HOLE = 4 * PAGE
 
@@ -101,6 +103,7 @@ class Capture:
         wish: Wish | None = None,
         memory: int = -1,
         cpu_stat: str | None = None,
+        frame_size: int = FRAME,
         noted: Callable[[Witness], bool] = lambda _witness: False,
         witnessed: Callable[[Witness], None] = lambda _witness: None,
     ) -> None:
@@ -113,7 +116,8 @@ class Capture:
         self._witnessed = witnessed
         file = entry.open_core()
         self._target: CoreFile = PlainFile(file) if compression == "none" else ZstdFile(file, level)
-        self._press = Press(self._target, threads if compression != "none" else 0, Throttle(cpu_stat), frame=FRAME)
+        self._press = Press(self._target, threads if compression != "none" else 0, Throttle(cpu_stat), frame=frame_size)
+        self._frame_size = frame_size
         self._buffer: bytearray | None = None
         self._frame = _Frame()
         self._frames: list[_Frame] = []
@@ -128,6 +132,11 @@ class Capture:
         self._cap: int | None = None
         self._settled = False
         self._limited = False
+        # What came ends within the head.
+        self._is_cut = False
+        # Behind this byte of the core nothing is wanted.
+        self._last_wanted = 0
+        self._has_enough = False
         self._head: Head | None = None
         self._header = b""
         self._size = 0
@@ -173,6 +182,8 @@ class Capture:
             start += self._stream.take(head_size(start) - len(start))
             head = read_head(start)
         except NotACore:
+            self._close_memory()
+            self._is_cut = self._stream.ended and b"\x7fELF".startswith(start[:4]) and bool(start)
             self._read_unknown(start)
             return
         self._head = head
@@ -185,7 +196,7 @@ class Capture:
         notes = Parser(head.machine, is_64=head.is_64)
         parts: list[list[Range]] | None = None
         for index, segment in enumerate(head.segments):
-            if not segment.file_size:
+            if not segment.file_size or self._has_enough:
                 continue
             if segment.kind == PT_LOAD and parts is None:
                 parts = self._decide(head, notes.notes, len(start))
@@ -227,6 +238,7 @@ class Capture:
         by_segment: list[list[Range]] = [[] for _ in head.segments]
         for part in chosen:
             by_segment[part.segment].append(part)
+            self._last_wanted = head.segments[part.segment].offset + part.end
         return by_segment
 
     def _choose(self, parts: list[Range], limit: int | None, head: Head, head_bytes: int) -> list[Range]:
@@ -235,14 +247,15 @@ class Capture:
             # What comes before the memory, and the table that describes what is absent.
             first = min(s.offset for s in head.segments if s.kind == PT_LOAD and s.file_size)
             notes = sum(s.file_size for s in head.segments if s.kind != PT_LOAD)
-            budget = limit - max(first, head_bytes) - _ROW * (len(head.segments) + len(parts) + 2)
+            empty = sum(not s.file_size for s in head.segments)
+            budget = limit - max(first, head_bytes) - _ROW * (empty + 2)
             if budget < 0:
                 raise TooLarge(
                     f"its headers and registers alone, {first} bytes, leave nothing of {limit} ({self._wish.why})"
                 )
             # They are among the parts, and have been counted.
             budget += notes
-        return plan.choose(parts, budget, up_to=self._wish.up_to)
+        return plan.choose(parts, budget, up_to=self._wish.up_to, extra=_ROW)
 
     def _fits(self, size: int) -> bool:
         """Whether there seems to be room for so many bytes, compressed or not: a hint that saves a look."""
@@ -263,7 +276,7 @@ class Capture:
 
     def _copy_gap(self, offset: int) -> None:
         """Copy what is between two segments: padding."""
-        while self._stream.size < offset and not self._stream.ended:
+        while self._stream.size < offset and not self._stream.ended and not self._has_enough:
             self._add_from_stream(offset - self._stream.size, 0)
 
     def _copy(
@@ -295,11 +308,21 @@ class Capture:
     def _skip(self, index: int, at: int, end: int) -> None:
         if self._scratch is None and at < end:
             self._scratch = bytearray(FRAME)
-        while at < end and not self._stream.ended:
+        while at < end and not self._stream.ended and not self._has_enough:
+            self._has_enough = self._nothing_is_wanted()
             view = memoryview(self._scratch or b"")[: end - at]
             data = view[: self._stream.fill(view)]
             self._see(index, at, data)
             at += len(data)
+
+    def _nothing_is_wanted(self) -> bool:
+        """Whether there is no need to read on: nothing that comes is kept, and it is too much to be polite about.
+
+        When the reader goes the kernel calls the dump a failure (no WCOREDUMP, wait(2)), so a little is read in vain.
+        """
+        rest = self.whole_bytes - self._stream.size
+        complete = self.witness is None or self.witness.complete
+        return complete and self._stream.size >= self._last_wanted and rest > _READ_IN_VAIN
 
     def _see(self, index: int, at: int, data: memoryview) -> None:
         witness = self.witness
@@ -310,7 +333,7 @@ class Capture:
 
     def _room(self) -> memoryview:
         """Return the rest of the frame that is being filled."""
-        if self._frame.size == FRAME:
+        if self._frame.size == self._frame_size:
             self._flush()
         while self._buffer is None:
             self._buffer = self._press.buffer()
@@ -368,7 +391,8 @@ class Capture:
             except OSError as error:
                 if error.errno not in _NO_ROOM:
                     raise
-                if self._settle() or self._entry.relieve(taken + self._closing):
+                # A file that may not grow (RLIMIT_FSIZE) is not helped by the end of others.
+                if error.errno != errno.EFBIG and (self._settle() or self._entry.relieve(taken + self._closing)):
                     continue
                 shortage = error.strerror or ""
                 # Not to the brim again: a file system without a free block may not even make holes (btrfs).
@@ -416,12 +440,16 @@ class Capture:
             return Core(reason=stopped or "the kernel ended the dump before its first byte")
         head = self._head
         if head is None:
+            if self._is_cut:
+                return Core(
+                    reason=f"the kernel ended the dump after {size} bytes, within the core's head", size_bytes=size
+                )
             if stopped is not None:
                 return Core(reason=f"the core was not kept: {stopped}", size_bytes=size)
             self._target.finish()
             return Core(state="stored", size_bytes=size, compression=self._compression)
         reasons = []
-        if stopped is not None or size < head.size:
+        if stopped is not None or (size < head.size and not self._has_enough):
             reasons.append(stopped or f"the kernel ended the dump after {size} of {head.size} bytes")
         absent = self._close(head)
         if not absent and not reasons:

@@ -378,8 +378,8 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "same_max",
         "256",
-        _whole_or_off(1, 1_000_000),
-        "a whole number from 1 to 1000000; 'off' for no limit",
+        _whole_or_off(1, 600),
+        "a whole number from 1 to 600; 'off' for no limit",
         "The cores that are kept of the same crash (by its signature: executable, signal, innermost functions) within "
         "same_seconds. Those after them leave a record without a core.",
     ),
@@ -392,9 +392,9 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         "loop_max",
-        "1024",
-        _whole_or_off(1, 1_000_000),
-        "a whole number from 1 to 1000000; 'off' for no limit",
+        "512",
+        _whole_or_off(1, 600),
+        "a whole number from 1 to 600; 'off' for no limit",
         "The cores that are kept of one executable within loop_seconds, whatever it crashes of. Those after them leave "
         "a record without a core.",
     ),

@@ -8,7 +8,6 @@ frame that was given up becomes a skippable frame over a hole. The file ends wit
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import struct
@@ -16,7 +15,7 @@ import struct
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from typing import Protocol
+    from typing import Any, Protocol
 
     Bytes = bytes | memoryview
 
@@ -121,8 +120,10 @@ def punch(fd: int, start: int, end: int) -> int:
     return end - start
 
 
-def _load_libc() -> ctypes.CDLL:
+def _load_libc() -> Any:
     # The standard library has posix_fallocate(3) only, which makes no holes.
+    import ctypes  # noqa: PLC0415
+
     libc = ctypes.CDLL(None, use_errno=True)
     libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
     return libc
@@ -131,7 +132,7 @@ def _load_libc() -> ctypes.CDLL:
 class _Libc:
     """libc, loaded when a hole is made: ctypes costs milliseconds, and few cores need one."""
 
-    _loaded: ctypes.CDLL | None = None
+    _loaded: Any = None
 
     def fallocate(self, fd: int, mode: int, start: int, size: int) -> int:
         if _Libc._loaded is None:

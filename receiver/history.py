@@ -1,9 +1,10 @@
 """What crashed lately: a small file in the store, for the same crash again and again, and for programs in a crash loop.
 
-One line a crash, `TIME SIGNATURE EXE KEPT`: seconds since the epoch, 16 hex digits (`-` when nobody looked), 16 of the
-program's hash, 1 when a core was kept. Lines are only ever added at its end; when it is full, the newer half replaces
-it. A line that is torn or damaged is none. It is a help and no more: whatever is wrong with it, the crash is kept as if
-nothing had been before.
+Lines `TIME KIND HASH COUNT`: seconds since the epoch; `P` for a program that was offered a place for its core, `K` for
+a bug (a signature) whose core is kept, `R` for one that left a record only; the hash of what it is; how many that were.
+Only `R` counts further than 1, in place: a crash loop that is refused must not push out what it is refused for. Lines
+are added at the end, and when it is full, the newer half replaces it. A line that is torn or damaged is none. It is a
+help and no more: whatever is wrong with it, the crash is kept as if nothing had been before.
 
 To be used with the store's lock held.
 """
@@ -20,66 +21,79 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 NAME = ".history"
-MAX_SIZE = 64 << 10
+MAX_SIZE = 128 << 10
+# So many of the newest lines are there at least.
+LEAST = MAX_SIZE // 2 // 48
+PROGRAM, KEPT, REFUSED = "P", "K", "R"
 # Workers do not take turns by the time of their crash; a line from further ahead is of a clock that was set back.
 _AHEAD = 60.0
+_MOST = 99_999_999
+_KINDS = (PROGRAM, KEPT, REFUSED)
 _HEX = frozenset("0123456789abcdef")
 
 
 class History:
-    """The crashes before this one. directory: the store's descriptor, which stays the caller's."""
+    """The crashes before this one. directory: the store's descriptor, which stays the caller's.
+
+    What a crash is counted by is any text: a signature, a program, each with its user.
+    """
 
     def __init__(self, directory: int) -> None:
         self._directory = directory
 
-    def same(self, signature: str, within_seconds: float, now: float) -> int:
-        """Return how often this crash was there in the seconds before `now` (since the epoch), with or without core."""
-        return sum(line[1] == signature != "-" for line in self._lines(within_seconds, now))
+    def count(self, kinds: str, what: str, within_seconds: float, now: float) -> int:
+        """Return how many of these kinds there were in the seconds before `now` (since the epoch)."""
+        wanted = digest(what)
+        found = self._lines(within_seconds, now)
+        return sum(count for _, kind, hashed, count, _ in found if kind in kinds and hashed == wanted)
 
-    def cores_of(self, exe: str, within_seconds: float, now: float) -> int:
-        """Return how many cores of a program were kept in the seconds before `now` (since the epoch)."""
-        wanted = digest(exe)
-        return sum(line[2] == wanted and line[3] == "1" for line in self._lines(within_seconds, now))
-
-    def add(self, now: float, signature: str, exe: str, *, kept: bool) -> None:
-        """Note a crash, unless the disk is full. signature: 16 hex digits; anything else stands for none."""
-        text = f"{now:.3f} {signature if _is_hex(signature) else '-'} {digest(exe)} {int(kept)}"
-        if _parse(text) is None:
-            return
-        line = text.encode("ascii") + b"\n"
+    def add(self, kind: str, what: str, within_seconds: float, now: float) -> None:
+        """Note one, unless the disk is full. within_seconds: how old a line may be that is counted further."""
         try:
-            fd = self._open(os.O_RDWR | os.O_CREAT | os.O_APPEND)
+            fd = self._open(os.O_RDWR | os.O_CREAT)
         except OSError:
             return
         try:
-            known = _read(fd)
-            if known[-1:] not in (b"", b"\n"):
+            count, at = 1, -1
+            if kind == REFUSED:
+                for _, known_kind, hashed, known, position in self._lines(within_seconds, now):
+                    if known_kind == kind and hashed == digest(what):
+                        count, at = min(known + 1, _MOST), position
+            line = f"{max(now, 0):014.3f} {kind} {digest(what)} {count:08d}\n".encode("ascii")
+            if at >= 0:
+                os.pwrite(fd, line, at)
+                return
+            size = os.fstat(fd).st_size
+            if size and os.pread(fd, 1, size - 1) != b"\n":
                 # Torn by a full disk, or by the end of who wrote it.
                 line = b"\n" + line
-            if len(known) + len(line) > MAX_SIZE:
-                self._replace(known, line)
+            if size + len(line) > MAX_SIZE:
+                self._replace(_read(fd), line)
             else:
-                os.write(fd, line)
+                os.pwrite(fd, line, size)
         except OSError:
             pass
         finally:
             os.close(fd)
 
-    def _lines(self, within_seconds: float, now: float) -> Iterator[tuple[float, str, str, str]]:
+    def _lines(self, within_seconds: float, now: float) -> Iterator[tuple[float, str, str, int, int]]:
+        """Yield (time, kind, hash, count, position) of the lines of the seconds before `now`."""
         try:
             fd = self._open(os.O_RDONLY)
         except OSError:
             return
         try:
+            at = max(0, os.fstat(fd).st_size - MAX_SIZE)
             known = _read(fd)
         except OSError:
             return
         finally:
             os.close(fd)
-        for text in known.decode("ascii", "replace").split("\n"):
+        for text in known.split(b"\n"):
             line = _parse(text)
             if line is not None and now - within_seconds <= line[0] <= now + _AHEAD:
-                yield line
+                yield *line, at
+            at += len(text) + 1
 
     def _open(self, flags: int) -> int:
         # Not blocking, should it be a FIFO.
@@ -119,19 +133,12 @@ def _read(fd: int) -> bytes:
     return os.pread(fd, MAX_SIZE, max(0, size - MAX_SIZE))
 
 
-def _is_hex(text: str) -> bool:
-    return len(text) == 16 and _HEX.issuperset(text)
-
-
-def _parse(text: str) -> tuple[float, str, str, str] | None:
-    parts = text.split(" ")
-    if len(parts) != 4 or parts[3] not in ("0", "1"):
+def _parse(text: bytes) -> tuple[float, str, str, int] | None:
+    parts = text.decode("ascii", "replace").split(" ")
+    if len(parts) != 4 or len(text) != 42 or parts[1] not in _KINDS or not _HEX.issuperset(parts[2]):
         return None
-    if not (_is_hex(parts[1]) or parts[1] == "-") or not _is_hex(parts[2]):
+    time, kind, hashed, count = parts
+    whole, _, fraction = time.partition(".")
+    if not (len(hashed) == 16 and whole.isdigit() and fraction.isdigit() and count.isdigit()):
         return None
-    whole, _, fraction = parts[0].partition(".")
-    digits = whole + fraction
-    # Nothing else that float() would take.
-    if not (0 < len(whole) <= 12 and len(digits) <= 16 and digits.isdecimal()):
-        return None
-    return float(parts[0]), parts[1], parts[2], parts[3]
+    return float(time), kind, hashed, int(count)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     Mark = tuple[int, int, int]
 
 SECONDS = 2.0
+REAP_SECONDS = 0.1
 # For following pointers; what names the libraries comes first and is not bounded by it.
 POINTER_SECONDS = 0.5
 MAX_LIBRARIES = 4096
@@ -214,12 +215,17 @@ def look(fd: int, head: Head, notes: Notes) -> list[Mark]:
 
 
 def fetch(fd: int, head: Head, notes: Notes, wanted: list[tuple[int, int]]) -> list[bytes]:
-    """Return pieces of memory, each (address, bytes): as many from the first one on as could be read. Never raises."""
+    """Return pieces of memory, each (address, bytes): zeros for what cannot be read, less at the deadline."""
 
     def work(answer: Callable[[bytes], None]) -> None:
         mem = Mem(fd, head, notes)
         for address, size in wanted:
-            answer(mem.read(address, size).ljust(size, b"\0"))
+            try:
+                data = mem.read(address, size)
+            except Unreadable:
+                # A file that was cut under its mapping: the dump has zeros there, too.
+                data = b""
+            answer(data.ljust(size, b"\0"))
 
     data = _apart(work, fd)
     found = []
@@ -277,9 +283,15 @@ def _apart(work: Callable[[Callable[[bytes], None]], None], fd: int) -> bytes:
     finally:
         os.close(read)
         os.kill(child, signal.SIGKILL)
-        # Not to be waited for: its end may hang as well. The worker's own end is near, and init reaps it then.
-        os.waitpid(child, os.WNOHANG)
+        _reap(child)
     return b"".join(parts)
+
+
+def _reap(child: int) -> None:
+    """Wait for a child that was killed, but not for long: its end may hang as well, and then pid 1 has to reap it."""
+    deadline = time.monotonic() + REAP_SECONDS
+    while os.waitpid(child, os.WNOHANG) == (0, 0) and time.monotonic() < deadline:
+        time.sleep(0.0005)
 
 
 def _say(fd: int, data: bytes) -> None:

@@ -349,10 +349,11 @@ def _is_written(segment: Segment) -> bool:
     return segment.kind == PT_LOAD and bool(segment.flags & PF_W) and segment.file_size > 0
 
 
-def choose(found: list[Range], budget: int | None, *, up_to: int = UNUSED) -> list[Range]:
+def choose(found: list[Range], budget: int | None, *, up_to: int = UNUSED, extra: int = 0) -> list[Range]:
     """Return the ranges to keep, in the order given: the same list when that is all of them.
 
-    budget: bytes for all of them, None for no limit. up_to: the last kind that is kept.
+    budget: bytes for all of them, None for no limit. up_to: the last kind that is kept. extra: bytes that each one
+    costs beside its own.
     """
     keep: dict[int, int] = {}
     for at in sorted(range(len(found)), key=lambda at: (found[at].rank, at)):
@@ -362,8 +363,8 @@ def choose(found: list[Range], budget: int | None, *, up_to: int = UNUSED) -> li
             break
         if budget is not None:
             # Of the first one that does not fit, the beginning: what lies nearest to a stack's pointer.
-            size = size if size <= budget else budget // PAGE * PAGE
-            budget -= size
+            size = size if size + extra <= budget else max(0, budget - extra) // PAGE * PAGE
+            budget -= size + extra if size else 0
         keep[at] = size
     if sum(keep.values()) == sum(part.end - part.start for part in found):
         return found

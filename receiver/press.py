@@ -83,15 +83,21 @@ class Press:
         self._target = target
         self._throttle = throttle
         self._plain_left = 0
-        self._free = [bytearray(frame) for _ in range(threads + 2 if threads else 1)]
+        self._frame = frame
+        self._spare = threads + 2 if threads else 1
+        self._free: list[bytearray] = []
         self._pending: deque[Task] = deque()
         self._queue: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
-        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(threads)]
-        for thread in self._threads:
-            thread.start()
+        # They start with the second frame: most cores that are small end with the first.
+        self._wanted = threads
+        self._threads: list[threading.Thread] = []
+        self._is_first = True
 
     def buffer(self) -> bytearray | None:
         """Return a buffer to fill, None when a frame has to be taken first."""
+        if not self._free and self._spare:
+            self._spare -= 1
+            return bytearray(self._frame)
         return self._free.pop() if self._free else None
 
     def put(self, buffer: bytearray, size: int, label: Any, *, plain: bool = False) -> None:
@@ -103,10 +109,26 @@ class Press:
             self._plain_left -= 1
         plain = plain or self._plain_left > 0
         self._pending.append(task)
-        if self._threads and not plain:
+        if not plain and self._started():
             self._queue.put(task)
         else:
             self._prepare(task, plain=plain)
+
+    def _started(self) -> bool:
+        """Whether threads do it. Starts them for the second frame, as many as can be had."""
+        if self._is_first:
+            self._is_first = False
+            return False
+        while self._wanted:
+            self._wanted -= 1
+            thread = threading.Thread(target=self._work, daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:
+                # The container's or the user's number of processes is used up: the reading thread does it all.
+                break
+            self._threads.append(thread)
+        return bool(self._threads)
 
     def _prepare(self, task: Task, *, plain: bool) -> None:
         try:

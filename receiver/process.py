@@ -52,7 +52,8 @@ class Process:
             return None
         try:
             parts = []
-            while limit > 0 and (part := os.read(fd, limit)):
+            # Not all at once: as much memory would be mapped, touched and given back.
+            while limit > 0 and (part := os.read(fd, min(limit, 16384))):
                 parts.append(part)
                 limit -= len(part)
             return b"".join(parts)

@@ -16,6 +16,7 @@ from receiver import privileges
 from receiver.activation import tell_systemd
 from receiver.log import log
 from receiver.protocol import Channel
+from receiver.rehearsal import rehearse
 from receiver.store import StoreError
 from receiver.worker import open_store, serve
 
@@ -41,6 +42,7 @@ class Service:
         self.idle_seconds = config.idle_seconds if may_leave else 0.0
         self.workers: set[int] = set()
         self.stopping = False
+        self._is_warm = False
         # The signal handler's way into poll(2).
         self._awake, self._waker = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
@@ -54,9 +56,6 @@ class Service:
         try:
             tell_systemd("READY=1")
             recover(self.config)
-            if self.config.compression == "zstd":
-                # Once, and not in each worker while a process waits for it.
-                import zstandard  # noqa: F401, PLC0415
             self._loop()
         finally:
             tell_systemd("STOPPING=1")
@@ -86,6 +85,8 @@ class Service:
             wait = None
             if self.idle_seconds and not self.workers:
                 wait = min(max(0.0, idle_since + self.idle_seconds - time.monotonic()) * 1000, MAX_WAIT)
+            if not self._is_warm and not poll.poll(0):
+                self._warm_up()
             events = dict(poll.poll(wait))
             if self._awake in events:
                 self._drain()
@@ -95,6 +96,15 @@ class Service:
             elif wait is not None and not events and wait < MAX_WAIT:
                 log(f"idle for {self.idle_seconds:g} s: leaving until the next crash")
                 return
+
+    def _warm_up(self) -> None:
+        """Do once, while nothing waits, what each worker would have to do while a process waits for it."""
+        self._is_warm = True
+        try:
+            rehearse(self.config)
+        except (OSError, MemoryError) as error:
+            # No memory: then it goes on cold.
+            log(f"the rehearsal was not finished: {error}", error=True)
 
     def _drain(self) -> None:
         try:

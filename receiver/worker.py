@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING
 from receiver import plan, protocol
 from receiver.capture import Capture, TooLarge, Unneeded, Wish
 from receiver.cgroup import cpu_stat
-from receiver.history import History
+from receiver.history import KEPT, PROGRAM, REFUSED, History
 from receiver.log import log
 from receiver.process import MAX_ARGUMENTS, MAX_ENVIRONMENT, OVERFLOW_ID, Process, arguments, mask, user_may_read
 from receiver.protocol import Channel, Message, PeerGone, ProtocolError, printable
 from receiver.record import UNLIMITED, Core, Record, signal_name, text
-from receiver.signature import digest
 from receiver.store import NoRoom, Store, StoreError
 
 if TYPE_CHECKING:
@@ -207,30 +206,38 @@ def _keep(channel: Channel, config: Config, store: Store, offered: Offered, begu
         unwanted = _without_core(config, store, offered)
         if unwanted is not None:
             record.core = Core(reason=unwanted)
-            _remember(store, record)
             entry.seal(readers=offered.reader)
             _accept(channel, protocol.WANT_RECORD, deadline)
         else:
             _accept(channel, protocol.WANT_CORE, deadline)
+            # No other receiver will take it now.
+            store.patient = True
             _receive(channel, config, entry, offered, deadline)
         _tell(channel, record, config)
         entry.finish(readers=offered.reader)
     except Exception as error:
-        # Whatever it was: no core, and a record that says why.
-        _finish_without_core(entry, f"the core could not be kept: {str(error) or type(error).__name__}", offered)
+        # Whatever it was: no core, and a record that says why; unless it is complete.
+        _finish_without_core(entry, error, offered)
     finally:
         entry.close()
     _log_end(record)
     return record
 
 
-def _finish_without_core(entry: Entry, reason: str, offered: Offered) -> None:
-    entry.record.core = Core(reason=reason, size_bytes=entry.record.core.size_bytes)
+def _finish_without_core(entry: Entry, error: Exception, offered: Offered) -> None:
+    """Bring a crash to its end that something went wrong with. What is sealed stays as it is: nothing is lost then."""
+    owner, core = entry.record.id, entry.record.core
+    reason = f"the core could not be kept: {str(error) or type(error).__name__}"
+    # (Another file has its name: nobody could ever show it.)
+    if not entry.sealed or isinstance(error, FileExistsError):
+        entry.record.core = Core(reason=reason, size_bytes=core.size_bytes)
+    elif core.state != "none":
+        reason = f"its core is complete, but could not be shown: {error}"
     try:
         entry.finish(readers=offered.reader)
-    except (OSError, StoreError) as error:
-        # The pending record stands: the next start makes it visible.
-        log(f"crash {entry.record.id}: {reason}; and its record could not be finished: {error}", error=True)
+    except (OSError, StoreError) as again:
+        # What was sealed or begun stands: the next start makes it visible.
+        log(f"crash {owner}: {reason}; and it could not be finished: {again}", error=True)
 
 
 def _accept(channel: Channel, want: bytes, deadline: float) -> None:
@@ -263,15 +270,19 @@ def _without_core(config: Config, store: Store, offered: Offered) -> str | None:
     """Return why the core of an offer is not wanted at all, None when it is."""
     if offered.core_limit == 0:
         return "the soft core limit (ulimit -c) of the process is 0"
-    if config.loop_max is not None:
-        with store.locked():
-            cores = History(store.directory).cores_of(_whose(offered.record), config.loop_seconds, time.time())
-        if cores >= config.loop_max:
-            return (
-                f"it crashes in a loop: {cores} cores of this program were kept within {config.loop_seconds:g} s "
-                "(loop_max, loop_seconds)"
-            )
-    return None
+    # Counted where it is asked, or as many as come at once would all be the first.
+    with store.locked():
+        history, now, whose = History(store.directory), time.time(), _whose(offered.record)
+        cores = history.count(PROGRAM, whose, config.loop_seconds, now)
+        wanted = config.loop_max is None or cores < config.loop_max
+        if wanted:
+            history.add(PROGRAM, whose, config.loop_seconds, now)
+    if wanted:
+        return None
+    return (
+        f"it crashes in a loop: {cores} cores of this program were taken within {config.loop_seconds:g} s "
+        "(loop_max, loop_seconds)"
+    )
 
 
 def _program(record: Record) -> str:
@@ -285,13 +296,7 @@ def _whose(record: Record) -> str:
 
 def _bug_of_user(record: Record) -> str:
     """Return what counts as the same crash, likewise."""
-    return digest(f"{record.uid} {record.signature}") if record.signature else ""
-
-
-def _remember(store: Store, record: Record, *, kept: bool = False) -> None:
-    """Write a crash into the store's history."""
-    with store.locked():
-        History(store.directory).add(time.time(), _bug_of_user(record), _whose(record), kept=kept)
+    return f"{record.uid} {record.signature}"
 
 
 def _complete(record: Record, witness: Witness) -> None:
@@ -330,8 +335,8 @@ def _capture(fd: int, config: Config, entry: Entry, offered: Offered) -> None:
         if config.same_max is None:
             return False
         with store.locked():
-            found = History(store.directory).cores_of(_whose(record), config.same_seconds, time.time())
-        return found >= config.same_max
+            found = History(store.directory).count(PROGRAM, _whose(record), config.same_seconds, time.time())
+        return found > config.same_max
 
     def witnessed(witness: Witness) -> None:
         _complete(record, witness)
@@ -339,18 +344,20 @@ def _capture(fd: int, config: Config, entry: Entry, offered: Offered) -> None:
         record.build_id = witness.build_of_program()
         record.frames = [f"{frame.module}+{frame.offset:#x}" for frame in witness.frames()]
         record.signature = witness.signature(_program(record), record.signal)
+        if not record.frames:
+            # An unknown machine's registers: all crashes of a program would be the same.
+            return
+        bug = _bug_of_user(record)
         with store.locked():
-            history = History(store.directory)
-            now = time.time()
-            before = history.same(_bug_of_user(record), config.same_seconds, now)
-            record.seen = before + 1
-            # Without a frame (an unknown machine's registers) all crashes of a program would be the same.
-            needed = config.same_max is None or not record.frames or before < config.same_max
-            history.add(now, _bug_of_user(record), _whose(record), kept=needed)
+            history, now = History(store.directory), time.time()
+            before = history.count(KEPT, bug, config.same_seconds, now)
+            record.seen = before + history.count(REFUSED, bug, config.same_seconds, now) + 1
+            needed = config.same_max is None or before < config.same_max
+            history.add(KEPT if needed else REFUSED, bug, config.same_seconds, now)
         if not needed:
             raise Unneeded(
-                f"the same crash (signature {record.signature}) came {before} times within {config.same_seconds:g} s "
-                "before (same_max, same_seconds)"
+                f"the same crash (signature {record.signature}) left {before} cores within {config.same_seconds:g} s "
+                "(same_max, same_seconds)"
             )
 
     capture = Capture(

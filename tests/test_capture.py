@@ -328,6 +328,8 @@ def test_any_bytes_give_a_head_or_no_core(data: bytes) -> None:
 def _is_whole_or_marked(data: bytes, plain: bytes, core: Core) -> None:
     if core.state == "stored":
         assert plain == data
+    elif core.state == "none":
+        assert core.reason == f"the kernel ended the dump after {len(data)} bytes, within the core's head"
     else:
         elf.read(plain)
         assert core.reason
@@ -512,6 +514,64 @@ def test_no_room_for_anything(store: Store) -> None:
         captured(store, a_core(), disk=disk)
 
 
+def test_a_file_that_may_not_grow(store: Store) -> None:
+    """RLIMIT_FSIZE (EFBIG): other cores would go in vain."""
+    old = []
+    for _ in range(3):
+        entry = store.begin(new_record())
+        os.write(entry.open_core(), b"x" * 100_000)
+        entry.record.core = Core(state="stored", size_bytes=100_000, compression="none")
+        entry.finish()
+        old.append(entry.record)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (24 * MIB, before[1]))  # Python ignores SIGXFSZ
+    data = a_core(heap=8000)
+    try:
+        plain, core = captured(store, data, "none")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert core.state == "reduced"
+    assert core.reason is not None
+    assert "large" in core.reason
+    check_reduced(data, plain)
+    assert [store.load(record.id).core.state for record in old] == ["stored"] * 3
+
+
+def test_no_thread_to_be_had(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fork bomb beside it: the reading thread compresses as well."""
+    asked = []
+
+    def start(_thread: threading.Thread) -> None:
+        asked.append(1)
+        raise RuntimeError("can't start new thread")
+
+    data = a_core(heap=1500)
+    read, thread = pipe_of(data)
+    monkeypatch.setattr(threading.Thread, "start", start)
+    entry = store.begin(new_record())
+    core = Capture(read, entry, compression="zstd", threads=2, stall_seconds=20).run()
+    assert (core.state, core.size_bytes) == ("stored", len(data))
+    assert 1 <= len(asked) <= 2
+    entry.close()
+    os.close(read)
+    thread.join()
+
+
+def test_what_nobody_wants_is_not_waited_for(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mapping of terabytes behind the last byte that is kept: the process is let go."""
+    monkeypatch.setattr("receiver.capture._READ_IN_VAIN", 4 * MIB)
+    tail = elf.Load(STACK + (1 << 32), bytes(40 * MIB), flags=4)
+    data = a_core(heap=10, more=[tail])
+    # In the order of addresses, as the kernel has it.
+    assert data.endswith(_page(1119)), "the stacks come last"
+    notes, loads = elf.read(data)
+    data = elf.core(notes, sorted(loads, key=lambda load: load.address))
+    plain, core = captured(store, data, wish=Wish(400_000, "test"))
+    assert core.reason is not None
+    assert core.reason.endswith("left out: test allows 400000 bytes")
+    assert STACK + 2 * PAGE in check_reduced(data, plain)
+
+
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=25)
 @given(full=st.lists(st.integers(0, 60), max_size=4), compression=st.sampled_from(["zstd", "none"]))
 def test_room_that_comes_and_goes(store: Store, full: list[int], compression: str) -> None:
@@ -542,11 +602,11 @@ def test_a_dump_that_ends_anywhere(store: Store, compression: str, cut: int) -> 
     if cut >= len(data):
         assert plain == data
         return
-    if core.state == "stored":
-        assert cut < 64 + 56 * 5, "a head that is cut is no core"
-        assert plain == data[:cut]
-        return
     assert core.reason is not None
+    if core.state == "none":
+        assert cut < 64 + 56 * 5
+        assert core.reason == f"the kernel ended the dump after {cut} bytes, within the core's head"
+        return
     assert f"the kernel ended the dump after {cut} of {len(data)} bytes" in core.reason
     there = {load.address: load for load in elf.read(data)[1]}
     for load in elf.read(plain)[1]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
 import tempfile
@@ -12,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from receiver.history import MAX_SIZE, NAME, History
+from receiver.history import KEPT, LEAST, MAX_SIZE, NAME, PROGRAM, REFUSED, History
+from receiver.signature import digest
 from receiver.store import Store
 
 if TYPE_CHECKING:
@@ -20,8 +20,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 NOW = 1_790_000_000.25
-BUG = "0123456789abcdef"
-OTHER = "fedcba9876543210"
+BUG = "1000 0123456789abcdef"
+OTHER = "1000 fedcba9876543210"
+HOUR = 3600.0
+
+
+def line_of(what: str, *, kind: str = KEPT, time: float = NOW, count: int = 1) -> str:
+    return f"{time:014.3f} {kind} {digest(what)} {count:08d}"
 
 
 @pytest.fixture
@@ -32,74 +37,80 @@ def directory(tmp_path: Path) -> Iterator[int]:
 
 
 def test_nothing_happened(directory: int) -> None:
-    history = History(directory)
-    assert history.same(BUG, 3600, NOW) == history.cores_of("/bin/a", 600, NOW) == 0
+    assert History(directory).count(KEPT, BUG, HOUR, NOW) == 0
     # Who only asks leaves nothing.
     assert os.listdir(directory) == []
 
 
 def test_what_counts(directory: int) -> None:
     history = History(directory)
-    history.add(NOW - 100, BUG, "/bin/a", kept=True)
-    history.add(NOW - 50, BUG, "/bin/a", kept=False)
-    history.add(NOW - 10, OTHER, "/bin/a", kept=True)
-    history.add(NOW - 5, BUG, "/bin/b \udcff\n", kept=True)
-    # Cores and records of the same crash; of a program, its cores only.
-    assert history.same(BUG, 3600, NOW) == 3
-    assert history.same(OTHER, 3600, NOW) == 1
-    assert history.cores_of("/bin/a", 3600, NOW) == 2
-    assert history.cores_of("/bin/b \udcff\n", 3600, NOW) == 1
-    assert history.cores_of("/bin/c", 3600, NOW) == 0
-    assert history.same(BUG, 60, NOW) == 2
-    assert history.same(BUG, 1, NOW) == 0
+    for kind, what, ago in ((KEPT, BUG, 100), (REFUSED, BUG, 50), (KEPT, OTHER, 10), (PROGRAM, BUG, 8), (KEPT, BUG, 5)):
+        history.add(kind, what, HOUR, NOW - ago)
+    history.add(PROGRAM, "0 /bin/b \udcff\n", HOUR, NOW - 5)
+    assert history.count(KEPT, BUG, HOUR, NOW) == 2
+    assert history.count(KEPT + REFUSED, BUG, HOUR, NOW) == 3
+    assert history.count(KEPT, OTHER, HOUR, NOW) == 1
+    assert history.count(PROGRAM, BUG, HOUR, NOW) == 1
+    assert history.count(PROGRAM, "0 /bin/b \udcff\n", HOUR, NOW) == 1
+    assert history.count(PROGRAM, "0 /bin/c", HOUR, NOW) == 0
+    assert history.count(KEPT + REFUSED, BUG, 60, NOW) == 2
+    assert history.count(KEPT, BUG, 1, NOW) == 0
     # Another process finds the same.
-    assert History(directory).same(BUG, 3600, NOW) == 3
+    assert History(directory).count(KEPT, BUG, HOUR, NOW) == 2
 
 
 def test_a_clock_that_was_set_back(directory: int) -> None:
     history = History(directory)
-    history.add(NOW, BUG, "/bin/a", kept=True)
+    history.add(KEPT, BUG, HOUR, NOW)
     # A worker that was a little faster is there; what is in the future is not.
-    assert history.same(BUG, 3600, NOW - 1) == 1
-    assert history.same(BUG, 3600, NOW - 86400) == 0
-
-
-def test_a_crash_without_a_signature(directory: int) -> None:
-    """It counts as one of its program, and is the same as no other."""
-    history = History(directory)
-    strange = ("", "-", "x", BUG + "\n", BUG.upper(), BUG + " 1", "\udcff" * 16)
-    for signature in strange:
-        history.add(NOW, signature, "/bin/a", kept=True)
-    assert history.cores_of("/bin/a", 3600, NOW) == len(strange)
-    assert [history.same(signature, 3600, NOW) for signature in strange] == [0] * len(strange)
+    assert history.count(KEPT, BUG, HOUR, NOW - 1) == 1
+    assert history.count(KEPT, BUG, HOUR, NOW - 86400) == 0
 
 
 def test_a_time_that_is_none(directory: int) -> None:
     history = History(directory)
     for time in (float("nan"), float("inf"), -1.0, 1e300):
-        history.add(time, BUG, "/bin/a", kept=True)
-    assert history.cores_of("/bin/a", 3600, NOW) == 0
+        history.add(KEPT, BUG, HOUR, time)
+    assert history.count(KEPT, BUG, HOUR, NOW) == 0
+    history.add(KEPT, BUG, HOUR, NOW)
+    assert history.count(KEPT, BUG, HOUR, NOW) == 1
+
+
+def test_a_loop_that_is_refused_takes_no_room(directory: int, tmp_path: Path) -> None:
+    """However fast it crashes: what it is refused for stays in sight, and how often it came is known."""
+    history = History(directory)
+    for number in range(5):
+        history.add(KEPT, BUG, HOUR, NOW + number)
+    size = (tmp_path / NAME).stat().st_size
+    for number in range(3000):
+        history.add(REFUSED, BUG, HOUR, NOW + 5 + number / 10)
+    assert (tmp_path / NAME).stat().st_size == size + len(line_of(BUG)) + 1
+    assert history.count(KEPT, BUG, HOUR, NOW + 300) == 5
+    assert history.count(REFUSED, BUG, HOUR, NOW + 310) == 3000
+    # What is too old is not counted further.
+    history.add(REFUSED, BUG, HOUR, NOW + 86400)
+    assert history.count(REFUSED, BUG, HOUR, NOW + 86400) == 1
 
 
 def test_it_is_bounded(directory: int, tmp_path: Path) -> None:
     history = History(directory)
-    for number in range(3000):
-        history.add(NOW + number / 1000, BUG if number % 2 else OTHER, "/bin/a", kept=True)
+    for number in range(4000):
+        history.add(KEPT, BUG if number % 2 else OTHER, HOUR, NOW + number / 1000)
         assert (tmp_path / NAME).stat().st_size <= MAX_SIZE
     assert os.listdir(directory) == [NAME]
     lines = (tmp_path / NAME).read_text().splitlines()
     # The newest are there, in order, each whole.
-    assert lines[-1].startswith(f"{NOW + 2.999:.3f} {BUG} ")
+    assert lines[-1].startswith(f"{NOW + 3.999:014.3f} {KEPT} ")
     assert lines == sorted(lines)
-    assert len(lines) >= MAX_SIZE // 2 // len(lines[0]) - 1
+    assert len(lines) >= LEAST
     assert len({len(line) for line in lines}) == 1
-    assert history.same(BUG, 3600, NOW) + history.same(OTHER, 3600, NOW) == len(lines)
+    assert history.count(KEPT, BUG, HOUR, NOW) + history.count(KEPT, OTHER, HOUR, NOW) == len(lines)
 
 
 def test_who_may_read_it(directory: int, tmp_path: Path) -> None:
     old = os.umask(0)
     try:
-        History(directory).add(NOW, BUG, "/bin/a", kept=True)
+        History(directory).add(KEPT, BUG, HOUR, NOW)
     finally:
         os.umask(old)
     assert (tmp_path / NAME).stat().st_mode & 0o777 == 0o600
@@ -108,29 +119,29 @@ def test_who_may_read_it(directory: int, tmp_path: Path) -> None:
 @given(st.lists(st.one_of(st.binary(max_size=200), st.text(max_size=80).map(str.encode)), max_size=10))
 def test_whatever_is_in_it(parts: list[bytes]) -> None:
     """Whatever stands around a line, it counts, and so does the next one."""
-    good = f"{NOW:.3f} {BUG} {'0' * 16} 1".encode()
+    good = line_of(BUG).encode()
     with tempfile.TemporaryDirectory() as path:
         with open(os.path.join(path, NAME), "wb") as file:
             file.write(b"\n".join([part for damaged in parts for part in (damaged, good)]))
         directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             history = History(directory)
-            assert history.same(BUG, 3600, NOW) == len(parts)
-            history.add(NOW, OTHER, "/bin/a", kept=True)
-            assert history.same(OTHER, 3600, NOW) == history.cores_of("/bin/a", 3600, NOW) == 1
+            assert history.count(KEPT, BUG, HOUR, NOW) == len(parts)
+            history.add(KEPT, OTHER, HOUR, NOW)
+            assert history.count(KEPT, OTHER, HOUR, NOW) == 1
         finally:
             os.close(directory)
 
 
 def test_damaged_lines_are_none(directory: int, tmp_path: Path) -> None:
-    exe = hashlib.blake2b(b"/bin/a", digest_size=8).hexdigest()
-    good = f"{NOW:.3f} {BUG} {exe} 1"
+    good = line_of(BUG)
     bad = [
         "",
         " ",
         good[:-1],
         good[1:] + " ",
-        good[:-1] + "2",
+        good.replace(" K ", " X "),
+        good[:-1] + "x",
         good + " 1",
         good.replace(".", ".x"),
         good.replace(" ", "\t"),
@@ -138,35 +149,36 @@ def test_damaged_lines_are_none(directory: int, tmp_path: Path) -> None:
         "-" + good,
         "\0" * 60,
         "\u0661" + good[1:],
-        "nan" + good[len(f"{NOW:.3f}") :],
+        "nan".rjust(14) + good[14:],
         "9" * 400 + good,
         good[: len(good) // 2],
     ]
     (tmp_path / NAME).write_bytes("\n".join([good, *bad, good]).encode() + b"\n\xff\xfe\n" + good.encode() + b"\n")
     history = History(directory)
-    assert history.same(BUG, 3600, NOW) == 3
-    assert history.cores_of("/bin/a", 3600, NOW) == 3
+    assert history.count(KEPT, BUG, HOUR, NOW) == 3
 
 
 def test_a_line_is_added_after_one_that_was_torn(directory: int, tmp_path: Path) -> None:
     history = History(directory)
-    history.add(NOW, BUG, "/bin/a", kept=True)
+    history.add(KEPT, BUG, HOUR, NOW)
     whole = (tmp_path / NAME).read_bytes()
     for size in range(len(whole)):
         (tmp_path / NAME).write_bytes(whole + whole[:size])
-        history.add(NOW, OTHER, "/bin/a", kept=True)
-        assert (history.same(BUG, 3600, NOW), history.same(OTHER, 3600, NOW)) == (1, 1) or size == len(whole) - 1
+        history.add(KEPT, OTHER, HOUR, NOW)
+        assert (history.count(KEPT, BUG, HOUR, NOW), history.count(KEPT, OTHER, HOUR, NOW)) == (1, 1) or size == len(
+            whole
+        ) - 1
     # All but the end of the line had arrived: that is the crash, too.
-    assert history.same(BUG, 3600, NOW) == 2
+    assert history.count(KEPT, BUG, HOUR, NOW) == 2
 
 
 def test_a_file_that_grew_beyond_measure(directory: int, tmp_path: Path) -> None:
     with (tmp_path / NAME).open("wb") as file:
         file.truncate(1 << 40)
     history = History(directory)
-    assert history.same(BUG, 3600, NOW) == 0
-    history.add(NOW, BUG, "/bin/a", kept=True)
-    assert history.same(BUG, 3600, NOW) == 1
+    assert history.count(KEPT, BUG, HOUR, NOW) == 0
+    history.add(KEPT, BUG, HOUR, NOW)
+    assert history.count(KEPT, BUG, HOUR, NOW) == 1
     assert (tmp_path / NAME).stat().st_size <= MAX_SIZE
 
 
@@ -183,12 +195,12 @@ def test_something_else_of_its_name(directory: int, tmp_path: Path, what: str) -
     else:
         (tmp_path / NAME).mkdir()
     history = History(directory)
-    history.add(NOW, BUG, "/bin/a", kept=True)
-    assert history.same(BUG, 3600, NOW) == 0
+    history.add(KEPT, BUG, HOUR, NOW)
+    assert history.count(KEPT, BUG, HOUR, NOW) == 0
     assert target.read_text() == "mine"
 
 
-CALLS = ("open", "write", "pread", "rename", "unlink", "close", "fstat")
+CALLS = ("open", "write", "pwrite", "pread", "rename", "unlink", "close", "fstat")
 
 
 def _dies_at(directory: int, call: int) -> bool:
@@ -210,7 +222,7 @@ def _dies_at(directory: int, call: int) -> bool:
         try:
             for name in CALLS:
                 setattr(os, name, dying(getattr(os, name)))
-            History(directory).add(NOW, OTHER, "/bin/a", kept=True)
+            History(directory).add(KEPT, OTHER, HOUR, NOW)
         finally:
             os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
@@ -218,18 +230,18 @@ def _dies_at(directory: int, call: int) -> bool:
 
 def test_a_worker_that_is_killed(directory: int, tmp_path: Path) -> None:
     """At whatever point, in the file that is full: all lines are there, or the newer half and the new one."""
-    line = f"{NOW:.3f} {BUG} {'0' * 16} 1\n"
+    line = line_of(BUG) + "\n"
     full = line.encode() * (MAX_SIZE // len(line))
     calls = 0
     while True:
         (tmp_path / NAME).write_bytes(full)
         died = _dies_at(directory, calls)
         history = History(directory)
-        found = (history.same(BUG, 3600, NOW), history.same(OTHER, 3600, NOW))
+        found = (history.count(KEPT, BUG, HOUR, NOW), history.count(KEPT, OTHER, HOUR, NOW))
         half = MAX_SIZE // 2 // len(line)
         assert found in ((MAX_SIZE // len(line), 0), (half, 1))
         # The next one is not in his way.
-        history.add(NOW, OTHER, "/bin/a", kept=True)
+        history.add(KEPT, OTHER, HOUR, NOW)
         assert os.listdir(directory) == [NAME]
         if not died:
             break
@@ -239,7 +251,7 @@ def test_a_worker_that_is_killed(directory: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount: sudo .venv/bin/python -m pytest")
-@pytest.mark.parametrize("pages", [1, 17, 20])
+@pytest.mark.parametrize("pages", [1, 33, 36])
 def test_a_full_disk(tmp_path: Path, pages: int) -> None:
     """No error, nothing half-written that counts, and it works again when there is room."""
     mounted = tmp_path / "full"
@@ -249,16 +261,16 @@ def test_a_full_disk(tmp_path: Path, pages: int) -> None:
         fd = os.open(mounted, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             history = History(fd)
-            added = 3 * MAX_SIZE // 49
+            added = 3 * MAX_SIZE // 43
             for _ in range(added):
-                history.add(NOW, BUG, "/bin/a", kept=True)
+                history.add(KEPT, BUG, HOUR, NOW)
                 assert (mounted / NAME).stat().st_size <= MAX_SIZE
-            known = history.same(BUG, 3600, NOW)
+            known = history.count(KEPT, BUG, HOUR, NOW)
             assert 0 < known < added
             assert os.listdir(fd) == [NAME]
             subprocess.run(["mount", "-o", "remount,size=1M", mounted], check=True, timeout=60)
-            history.add(NOW, OTHER, "/bin/a", kept=True)
-            assert history.same(OTHER, 3600, NOW) == 1
+            history.add(KEPT, OTHER, HOUR, NOW)
+            assert history.count(KEPT, OTHER, HOUR, NOW) == 1
         finally:
             os.close(fd)
     finally:
@@ -277,7 +289,7 @@ def test_many_workers(tmp_path: Path) -> None:
                 store = Store(str(tmp_path / "store"))
                 for _ in range(50):
                     with store.locked():
-                        History(store.directory).add(NOW, BUG, "/bin/a", kept=False)
+                        History(store.directory).add(REFUSED, BUG, HOUR, NOW)
                 code = 0
             finally:
                 os._exit(code)
@@ -285,6 +297,6 @@ def test_many_workers(tmp_path: Path) -> None:
     assert [os.waitpid(pid, 0)[1] for pid in children] == [0] * 4
     store = Store(str(tmp_path / "store"))
     try:
-        assert History(store.directory).same(BUG, 3600, NOW) == 200
+        assert History(store.directory).count(REFUSED, BUG, HOUR, NOW) == 200
     finally:
         store.close()

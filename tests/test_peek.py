@@ -139,7 +139,7 @@ def test_only_what_the_dump_reads_is_read(tmp_path: Path) -> None:
         with pytest.raises(peek.Unreadable, match="not in the core"):
             mem.read(address, 8)
     assert len(mem.read(DATA + PAGES * PAGE - 8, 100)) == 8
-    assert peek.fetch(fd, head, notes, [(DATA, 16), (DATA - 8, 8), (DATA, 16)]) == [bytes(16)]
+    assert peek.fetch(fd, head, notes, [(DATA, 16), (DATA - 8, 8), (DATA, 16)]) == [bytes(16), bytes(8), bytes(16)]
     os.close(fd)
 
 
@@ -151,6 +151,16 @@ def silent_memory(tmp_path: Path) -> Iterator[int]:
     fd = os.open(path, os.O_RDWR)
     yield fd
     os.close(fd)
+
+
+def test_no_child_is_left(tmp_path: Path) -> None:
+    """Where pid 1 does not reap, each would stay for good."""
+    fd, head, notes = process(list_of(b"libc.so.6"), tmp_path / "mem")
+    for _ in range(20):
+        assert peek.look(fd, head, notes)
+    os.close(fd)
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
 
 
 def test_memory_that_never_comes(tmp_path: Path, silent_memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
