@@ -486,8 +486,8 @@ def test_the_small_comes_before_the_large(store: Store) -> None:
 @pytest.mark.parametrize("compression", ["zstd", "none"])
 def test_room_that_ends_while_it_is_written(store: Store, compression: str) -> None:
     """The heap comes first in the file and the stacks last; when the room ends, heap that is written gives its own."""
-    data = a_core(heap=3000, threads=8)
-    most = 2 * MIB
+    data = a_core(heap=3000, threads=30)
+    most = 4 * MIB
 
     def disk(size: int) -> None:
         if size > most:
@@ -499,7 +499,7 @@ def test_room_that_ends_while_it_is_written(store: Store, compression: str) -> N
     assert "the disk of this test is full" in core.reason
     assert core.stored_bytes <= most
     kept = check_reduced(data, plain)
-    for number in range(8):
+    for number in range(30):
         assert STACK + number * 0x1000000 + 2 * PAGE in kept
     assert HEAP in kept
     # What room there is was used.
@@ -519,8 +519,8 @@ def test_a_file_that_may_not_grow(store: Store) -> None:
     old = []
     for _ in range(3):
         entry = store.begin(new_record())
-        os.write(entry.open_core(), b"x" * 100_000)
-        entry.record.core = Core(state="stored", size_bytes=100_000, compression="none")
+        os.write(entry.open_core(), b"x" * 2 * MIB)
+        entry.record.core = Core(state="stored", size_bytes=2 * MIB, compression="none")
         entry.finish()
         old.append(entry.record)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
