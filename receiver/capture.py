@@ -211,6 +211,8 @@ class Capture:
 
     def _read_unknown(self, start: bytes) -> None:
         """Keep what is no core that we know, whole or not at all. Raises TooLarge."""
+        # It is kept whole or not at all, and how large it becomes is not known: others' cores would go in vain.
+        self._entry.evicts = False
         self._add(start)
         limit = self._wish.limit
         while not self._stream.ended:

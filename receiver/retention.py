@@ -38,6 +38,8 @@ OWN_CGROUPS = "/proc/self/cgroup"
 MEMINFO = "/proc/meminfo"
 # The kernel counts what a cgroup uses in batches: less than this may not show.
 _SHOWS = 4 << 20
+# So much may go of a file system's free space while a core is removed that shows none: others write, too.
+_VAIN = 1 << 20
 _BTRFS_IOC_SYNC = 0x9408
 # <linux/btrfs.h>: _IOR(0x94, 25, __u64). EINVAL for a directory that is not a subvolume's own.
 _BTRFS_IOC_SUBVOL_GETFLAGS = 0x80089419
@@ -117,7 +119,8 @@ class Survey:
     take, or has taken if that should be more. taken: what it has taken. records: visible ones.
     """
 
-    def __init__(self, directory: int) -> None:
+    def __init__(self, directory: int, known: dict[str, int] | None = None) -> None:
+        """Count. known: sizes of visible cores, by name, which are not asked for: such a core does not change."""
         self.cores: list[Held] = []
         self.writing: dict[str, int] = {}
         self.taken: dict[str, int] = {}
@@ -128,12 +131,14 @@ class Survey:
             if not is_core and not name.endswith(".room"):
                 self.records += name.endswith(".json") and not name.startswith(".")
                 continue
-            try:
-                found = os.stat(name, dir_fd=directory, follow_symlinks=False)
-            except FileNotFoundError:
-                continue
             owner = name.removeprefix(".").split(".")[0]
-            size = found.st_blocks * 512 if is_core else found.st_size
+            size = known.get(name) if known is not None else None
+            if size is None:
+                try:
+                    found = os.stat(name, dir_fd=directory, follow_symlinks=False)
+                except FileNotFoundError:
+                    continue
+                size = found.st_blocks * 512 if is_core else found.st_size
             if not name.startswith("."):
                 self.cores.append(Held(owner, name, size))
                 continue
@@ -207,9 +212,16 @@ class Retention:
         self._uids: dict[str, int | None] = {}
         self._in_memory: bool | None = None
         self._settle_until = 0.0
+        # Of visible cores, by name.
+        self._sizes: dict[str, int] = {}
+        # Bytes of cores that were removed and did not become free, and of those that did.
+        self._vain = self._seen = 0
 
     def survey(self) -> Survey:
-        return Survey(self._store.directory)
+        """Count what there is: each core that is shown is looked at once, however often its number is asked for."""
+        survey = Survey(self._store.directory, self._sizes)
+        self._sizes = {core.name: core.size for core in survey.cores}
+        return survey
 
     # Room.
 
@@ -241,6 +253,9 @@ class Retention:
                 raise NoRoom(f"older cores take up the room ({need.setting})")
             if evicted == AT_ONCE:
                 return False
+            if need.setting == "keep_free" and self._vain > max(_VAIN, self._seen):
+                # Somebody has them mapped, or by another name, or shares their blocks: those after them went in vain.
+                raise NoRoom("removing older cores gives no room back on the file system (keep_free)")
             if need.setting == "memory" and headroom is None:
                 headroom, freed = memory_headroom(), 0
             freed += self._evict_for(survey, owner, wanted, need)
@@ -333,8 +348,15 @@ class Retention:
         self.evict(core, f"newer cores needed its room ({need.setting})")
         survey.cores.remove(core)
         if need.settle:
-            self._settle(system.f_bavail * system.f_frsize, core.size)
+            self._note(core.size, shown=self._settle(system, core.size))
         return core.size
+
+    def _note(self, size: int, *, shown: bool) -> None:
+        """Note whether a core's removal gave anything back."""
+        if shown:
+            self._seen += size
+        else:
+            self._vain += size
 
     def next_to_go(self, survey: Survey, wanted: dict[str, int] | None = None, *, by_number: bool = False) -> Held:
         """Return the oldest core of the user who holds most; there must be a core.
@@ -369,7 +391,7 @@ class Retention:
             evicted += 1
             survey.cores.remove(core)
             freed += core.size
-        self._settle(system.f_bavail * system.f_frsize, freed)
+        self._settle(system, freed)
         return True
 
     def relieve_record(self) -> bool:
@@ -396,23 +418,25 @@ class Retention:
             # No btrfs.
             pass
 
-    def _settle(self, before: int, freed: int) -> None:
-        """Wait, not for long, until the file system shows the space that was given back.
+    def _settle(self, before: os.statvfs_result, freed: int) -> bool:
+        """Wait, not for long, until the file system shows the space that was given back. Returns whether it does.
 
-        before: bytes that were free. A reader may still have the file open; and others may take some meanwhile, so that
-        half of it is proof enough.
+        before: what it said then. Others may take some meanwhile, so that half of it is proof enough.
         """
+        # Not f_bavail: what goes into root's reserve is free as well.
+        wanted = before.f_bfree * before.f_frsize + freed // 2 - (64 << 10)
+        if not before.f_blocks:
+            return True
         self.settle_btrfs()
-        if not os.fstatvfs(self._store.directory).f_blocks:
-            return
         if not self._settle_until:
             self._settle_until = time.monotonic() + SETTLE_SECONDS
         while True:
             system = os.fstatvfs(self._store.directory)
             # What is less than this, a record and a directory may have taken.
-            shown = system.f_bavail * system.f_frsize >= before + freed // 2 - (64 << 10)
-            if shown or time.monotonic() >= self._settle_until:
-                return
+            if system.f_bfree * system.f_frsize >= wanted:
+                return True
+            if time.monotonic() >= self._settle_until:
+                return False
             time.sleep(0.005)
 
     # What goes by itself.

@@ -67,6 +67,8 @@ BLOCK = 4096
 FOR_A_RECORD = 3
 # Names come and go in microseconds; who holds the lock longer is stuck.
 LOCK_SECONDS = 10.0
+# Likewise, of who has a core already, which no other receiver will take: it is lost with the lock.
+PATIENT_SECONDS = 60.0
 LOCK_POLL_SECONDS = 0.002
 ID = re.compile(r"[0-9]{8}T[0-9]{6}-[0-9]{6}-[0-9]{1,20}-[0-9a-f]{8}")
 
@@ -95,6 +97,10 @@ class Store:
         self.path = path
         self.limits = limits or Limits(store_max=limit, keep_free=keep_free, records_max=records)
         self._retention = Retention(self, self.limits)
+        # Whoever waits for the lock has a core to lose.
+        self.patient = False
+        # Records that were written anew, and are not known to be on the disk.
+        self._rewritten: set[str] = set()
         try:
             if create and not os.path.isdir(path):
                 os.makedirs(path, exist_ok=True)
@@ -131,11 +137,15 @@ class Store:
         os.close(self.directory)
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the store's lock. Raises StoreError after LOCK_SECONDS."""
+    def locked(self, *, patient: bool = False) -> Iterator[None]:
+        """Hold the store's lock. Raises StoreError after LOCK_SECONDS, or after PATIENT_SECONDS.
+
+        Nobody is to wait for the disk (fsync(2)) while he holds it: that takes as long as there is to write.
+        """
+        seconds = PATIENT_SECONDS if patient or self.patient else LOCK_SECONDS
         fd = self._open(".lock", os.O_RDWR | os.O_CREAT)
         try:
-            deadline = time.monotonic() + LOCK_SECONDS
+            deadline = time.monotonic() + seconds
             while True:
                 try:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -143,7 +153,7 @@ class Store:
                 except BlockingIOError:
                     if time.monotonic() > deadline:
                         raise StoreError(
-                            f"{self.path}/.lock has been held for {LOCK_SECONDS:g} s. Find its holder with 'lslocks'"
+                            f"{self.path}/.lock has been held for {seconds:g} s. Find its holder with 'lslocks'"
                         ) from None
                     time.sleep(LOCK_POLL_SECONDS)
             yield
@@ -159,11 +169,38 @@ class Store:
         except FileNotFoundError:
             pass
 
-    def _write(
-        self, name: str, data: bytes, *, readers: int | None = None, sync: bool = True, hold: str | None = None
-    ) -> None:
-        """Write a file whole, or not at all under its name.
+    def _remove_core(self, name: str) -> None:
+        """Remove a core, and free its blocks even while somebody has it open: its user may read it. Raises OSError.
 
+        Whoever reads it just now finds its end. A file with another name besides (a hard link of root's) stays whole.
+        """
+        try:
+            # Not waiting, should it be a FIFO, or leased.
+            fd = self._open(name, os.O_WRONLY | os.O_NONBLOCK)
+        except FileNotFoundError:
+            return
+        except OSError:
+            self._unlink(name)
+            return
+        try:
+            # First the name: who is killed here must not leave an empty core of which a record says that it is stored.
+            self._unlink(name)
+            found = os.fstat(fd)
+            if stat.S_ISREG(found.st_mode) and not found.st_nlink:
+                try:
+                    os.ftruncate(fd, 0)
+                except OSError:
+                    # btrfs over its quota: it goes with its last reader.
+                    pass
+        finally:
+            os.close(fd)
+
+    def _write(
+        self, name: str, data: bytes, *, readers: int | None = None, acl: bytes | None = None, hold: str | None = None
+    ) -> None:
+        """Write a file whole, or not at all under its name. It need not be on the disk then.
+
+        acl: its access list, in place of `readers`.
         hold: a file whose blocks are used for it, and its name with them, when it is there.
         Call it with the lock held: what it leaves when it is killed, `recover` clears away under the lock.
         """
@@ -177,8 +214,8 @@ class Store:
             # What a hold has too much goes before anything else could want a block: an access list may.
             os.ftruncate(fd, len(data))
             publish_mode(fd, readers)
-            if sync:
-                os.fsync(fd)
+            if acl is not None:
+                os.setxattr(fd, ACL, acl)
         except BaseException:
             self._unlink(temporary)
             raise
@@ -295,6 +332,8 @@ class Store:
         with self.locked():
             self._make_way(files=1)
             self._insist(lambda: self._write(f"{record.id}.json", record.dumps()))
+        self._sync(f"{record.id}.json")
+        self.sync()
 
     def _forget_oldest(self) -> None:
         """Make room for one more record: the oldest go, first those that have no core. Call it with the lock held."""
@@ -307,7 +346,7 @@ class Store:
         for name in sorted(records, key=lambda name: (name.split(".")[0] in cores, name))[:excess]:
             core = cores.get(name.split(".")[0])
             if core is not None:
-                self._unlink(core)
+                self._remove_core(core)
             self._unlink(name)
 
     def names(self) -> list[str]:
@@ -360,6 +399,8 @@ class Store:
             total -= core.size
             if record is not None:
                 pruned.append(record)
+        if pruned and not dry_run:
+            self.sync()
         return pruned
 
     def make_room(self, owner: str, wanted: int, *, evict: bool = True) -> bool:
@@ -370,14 +411,14 @@ class Store:
         """
         return self._retention.make_room(owner, wanted, evict=evict)
 
-    def relieve(self, size: int) -> bool:
+    def relieve(self, size: int, *, patient: bool = False) -> bool:
         """Free at least `size` bytes when old cores have so many. Returns whether any went. Raises StoreError."""
-        with self.locked():
+        with self.locked(patient=patient):
             return self._retention.relieve(size)
 
     def drop_core(self, owner: str, name: str, reason: str) -> Record | None:
         """Remove a core's file, and say why in its record, which is returned. Call it with the lock held."""
-        self._unlink(name)
+        self._remove_core(name)
         try:
             # Not load(): the file is gone, and that is no news.
             record = self._read(f"{owner}.json")
@@ -398,13 +439,18 @@ class Store:
             pass
         finally:
             os.close(fd)
-        self._write(f"{record.id}.json", record.dumps())
-        if acl is not None:
-            fd = self._open(f"{record.id}.json", os.O_RDONLY)
+        self._write(f"{record.id}.json", record.dumps(), acl=acl)
+        self._rewritten.add(f"{record.id}.json")
+
+    def sync(self) -> None:
+        """See the store's names and its rewritten records on the disk. Call it without the lock. Raises OSError."""
+        while self._rewritten:
             try:
-                os.setxattr(fd, ACL, acl)
-            finally:
-                os.close(fd)
+                self._sync(self._rewritten.pop())
+            except OSError:
+                # It has gone since then, or it is lost whatever is done.
+                pass
+        os.fsync(self.directory)
 
     def _read(self, name: str) -> Record:
         """Return the record in a file, which must be its own (its name has its id). Raises OSError, ValueError."""
@@ -469,64 +515,106 @@ class Store:
         """
         found = []
         failure = None
-        with self.locked():
-            for name in self.names():
-                owner = name.removeprefix(".").split(".")[0]
-                if not ID.fullmatch(owner):
-                    continue
-                try:
-                    if name == f".{owner}.json":
-                        if self._take_over(owner):
-                            found.append(owner)
-                    elif name.startswith(".") and name.endswith(".new"):
+        for name in self.names():
+            owner = name.removeprefix(".").split(".")[0]
+            if not ID.fullmatch(owner):
+                continue
+            try:
+                if name == f".{owner}.json":
+                    if self._take_over(owner):
+                        found.append(owner)
+                elif name.startswith(".") and name.endswith(".new"):
+                    with self.locked():
                         self._unlink(name)
-                except OSError as error:
-                    failure = failure or StoreError(f"{self.path}/{name}: cannot be finished ({error.strerror})")
+            except OSError as error:
+                failure = failure or StoreError(f"{self.path}/{name}: cannot be finished ({error.strerror})")
+        if found:
+            self.sync()
         if failure is not None:
             raise failure
         return found
 
     def recover_stale(self, owners: Iterable[str]) -> bool:
-        """Bring those to their end whose worker is gone. Returns whether there was one. Call it with the lock held."""
+        """Give back what those were promised whose worker is gone. Returns whether there was one.
+
+        Call it with the lock held. One that is complete takes what it has; for `recover` to show it waits for the disk.
+        """
         found = False
         for owner in owners:
-            name = f".{owner}.json"
+            if not ID.fullmatch(owner):
+                continue
             try:
-                if ID.fullmatch(owner):
-                    self._take_over(owner)
-                    found = found or name not in self.names()
+                fd = self._claim(owner)
+                if fd < 0:
+                    continue
+                try:
+                    if self._read_final(owner) is not None:
+                        room = f".{owner}.room"
+                        found = found or room in self.names()
+                        self._unlink(room)
+                    else:
+                        self._roll(owner)
+                        found = found or f".{owner}.json" not in self.names()
+                finally:
+                    os.close(fd)
             except OSError:
                 # Another one's turn, and `recover` says what is wrong with this one.
                 pass
         return found
 
-    def _take_over(self, owner: str) -> bool:
-        """Bring a crash to its end whose worker is gone. Returns whether it has a record now. Raises OSError."""
+    def _claim(self, owner: str) -> int:
+        """Return the pending record of a worker who is gone, locked; -1 when there is none. Raises OSError.
+
+        Call it with the store's lock held: a worker locks his own in his own time, but under that.
+        """
         try:
             fd = self._open(f".{owner}.json", os.O_RDWR)
         except FileNotFoundError:
-            return False
+            return -1
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except OSError as error:
+            os.close(fd)
+            if isinstance(error, BlockingIOError):
+                return -1
+            raise
+        return fd
+
+    def _take_over(self, owner: str) -> bool:
+        """Bring a crash to its end whose worker is gone. Returns whether it has a record now. Raises OSError."""
+        with self.locked():
+            fd = self._claim(owner)
+        if fd < 0:
             return False
-        else:
-            return self._roll(owner)
+        try:
+            # Nobody else touches it from here on.
+            if self._read_final(owner) is not None:
+                self._sync_sealed(owner)
+            with self.locked():
+                return self._roll(owner)
         finally:
             os.close(fd)
+
+    def _sync_sealed(self, owner: str) -> None:
+        """See a crash on the disk that is complete, before it is shown. Call it without the lock. Raises OSError."""
+        for suffix in ("core", "final"):
+            try:
+                self._sync(f".{owner}.{suffix}")
+            except FileNotFoundError:
+                # It has no core; or it has been shown already, all but the last name.
+                pass
 
     def _roll(self, owner: str) -> bool:
         """Bring one crash to its end: forward when its final record stands, else back to a record without a core.
 
         Returns False when it had no record yet: its worker was killed before it could accept the crash. Raises OSError.
+        What is shown is on the disk already (`_sync_sealed`); that it is shown, `sync` sees to.
         """
         names = set(self.names())
         recorded = True
-        final = self._read_final(owner) if f".{owner}.final" in names else None
+        final = self._read_final(owner)
         if final is not None:
-            self._sync(f".{owner}.final")
             if f".{owner}.core" in names and final.core.path is not None:
-                self._sync(f".{owner}.core")
                 self._publish(f".{owner}.core", owner + CORE_SUFFIXES[final.core.compression or "none"])
             os.rename(f".{owner}.final", f"{owner}.json", src_dir_fd=self.directory, dst_dir_fd=self.directory)
         elif f"{owner}.json" not in names:
@@ -538,21 +626,21 @@ class Store:
                 self._publish(f".{owner}.json", f"{owner}.json")
         for suffix in ("core", "room", "hold", "final", "final.new", "json"):
             self._unlink(f".{owner}.{suffix}")
-        os.fsync(self.directory)
         return recorded
 
     def _sync(self, name: str) -> None:
-        fd = self._open(name, os.O_RDONLY)
+        # Not blocking, should it be a FIFO.
+        fd = self._open(name, os.O_RDONLY | os.O_NONBLOCK)
         try:
             os.fsync(fd)
         finally:
             os.close(fd)
 
     def _read_final(self, owner: str) -> Record | None:
-        """Return a final record that this version can act on. Raises OSError."""
+        """Return a final record that this version can act on, None when there is none. Raises OSError."""
         try:
             final = self._read(f".{owner}.final")
-        except ValueError:
+        except (FileNotFoundError, ValueError):
             return None
         if (final.core.compression or "none") not in CORE_SUFFIXES:
             return None
@@ -611,10 +699,13 @@ class Entry:
         self.store = store
         self.record = record
         self._lock = lock
+        # Whether old cores go for it.
+        self.evicts = True
         # What grow() was asked for last, and up to where it need not look.
         self._size = 0
         self._granted = 0
-        self._sealed = False
+        # The end that was sealed: another one may be given to the record afterwards.
+        self._sealed: Core | None = None
         self.core = -1
 
     def open_core(self) -> int:
@@ -643,10 +734,16 @@ class Entry:
 
     def _grow(self, size: int, written: int) -> bool:
         """Take one more step to having room. Returns whether it is done. Raises as grow() does."""
-        with self.store.locked():
+        with self.store.locked(patient=True):
             extra, taken = self._extra(size, written)
             if size <= self._granted:
-                self._set_room(max(blocks_of(size + self.STEP) + extra, taken), size + self.STEP)
+                try:
+                    self._write_room(max(blocks_of(size + self.STEP) + extra, taken))
+                    self._granted = size + self.STEP
+                except OSError as error:
+                    # A full btrfs: then the larger promise stands, and no core goes for a smaller one.
+                    if error.errno not in FULL:
+                        raise
                 return True
             # Old cores go for what is needed, not for the convenience of a whole step, nor for what a map may want.
             for step, most, evict in (
@@ -663,7 +760,7 @@ class Entry:
                         return False
                     break
                 except NoRoom:
-                    if evict and not step:
+                    if not step and not most and (evict or not self.evicts):
                         raise
             self._set_room(wanted, size + step)
             return True
@@ -683,26 +780,42 @@ class Entry:
         return extra, taken
 
     def _set_room(self, room: int, granted: int) -> None:
-        """Say how much the core may take, and how much of it may be written. Raises NoRoom, OSError."""
-        flags = os.O_WRONLY | (0 if self._granted else os.O_CREAT | os.O_EXCL)
-        try:
-            fd = self.store._open(f".{self.record.id}.room", flags)  # noqa: SLF001
-        except OSError as error:
-            if error.errno in FULL:
-                raise NoRoom("the file system or its quota is full") from None
-            raise
+        """Say how much the core may take, and how much of it may be written. Raises NoRoom, OSError.
+
+        When the disk has no room for that an old core goes for it. Call it with the lock held.
+        """
+        for left in range(FOR_A_RECORD, -1, -1):
+            try:
+                self._write_room(room)
+                break
+            except OSError as error:
+                if error.errno == errno.EFBIG:
+                    raise NoRoom("a file may not be so large here") from None
+                if error.errno not in FULL:
+                    raise
+                if not left or not self.store._retention.relieve(0):  # noqa: SLF001
+                    raise NoRoom("the file system or its quota is full") from None
+        self._granted = granted
+
+    def _write_room(self, room: int) -> None:
+        name, new = f".{self.record.id}.room", not self._granted
+        fd = self.store._open(name, os.O_WRONLY | (os.O_CREAT | os.O_EXCL if new else 0))  # noqa: SLF001
         try:
             os.ftruncate(fd, room)
+        except BaseException:
+            if new:
+                # Whoever asks again makes it again.
+                self.store._unlink(name)  # noqa: SLF001
+            raise
         finally:
             os.close(fd)
-        self._granted = granted
 
     def relieve(self, size: int) -> bool:
         """Let older cores go which free at least `size` bytes: the file system has said that it is full.
 
         Returns whether anything was freed: then a write may be tried again. None goes in vain. Raises StoreError.
         """
-        return self.store.relieve(size)
+        return self.evicts and self.store.relieve(size, patient=True)
 
     def seems_to_fit(self, size: int) -> bool:
         """Whether the store could hold so many bytes if this were its only core: a hint, nothing is promised."""
@@ -723,7 +836,7 @@ class Entry:
         """
         if not self.store.on_btrfs():
             return False
-        with self.store.locked():
+        with self.store.locked(patient=True):
             return self.store.spend_hold(self.record.id)
 
     def seal(self, *, readers: int | None = None) -> None:
@@ -736,8 +849,6 @@ class Entry:
         """
         record = self.record
         if record.core.state == "none":
-            self._close_core()
-            self.store._unlink(f".{record.id}.core")  # noqa: SLF001
             record.core.path = None
         else:
             self._publish_core(readers)
@@ -746,12 +857,21 @@ class Entry:
             record.core.file_bytes = found.st_size
             suffix = CORE_SUFFIXES[record.core.compression or "none"]
             record.core.path = os.path.join(self.store.path, record.id + suffix)
-        with self.store.locked():
-            name = f".{record.id}.final"
-            hold = f".{record.id}.hold"
-            write = partial(self.store._write, name, readers=readers, sync=False, hold=hold)  # noqa: SLF001
+        final, hold = f".{record.id}.final", f".{record.id}.hold"
+        with self.store.locked(patient=True):
+            if record.core.state == "none":
+                # One that was sealed before must not speak of a core that has gone.
+                self.store._unlink(final)  # noqa: SLF001
+                self._close_core()
+                self.store._remove_core(f".{record.id}.core")  # noqa: SLF001
+            write = partial(self.store._write, final, readers=readers, hold=hold)  # noqa: SLF001
             self.store._insist(lambda: write(record.dumps()))  # noqa: SLF001
-        self._sealed = True
+        self._sealed = record.core
+
+    @property
+    def sealed(self) -> bool:
+        """Whether the crash is complete, with the end that its record has: nothing more can be lost, but time."""
+        return self._sealed is self.record.core
 
     def _publish_core(self, readers: int | None) -> None:
         """Let the core be read by those who may. Raises OSError.
@@ -764,7 +884,7 @@ class Entry:
         except OSError as error:
             if error.errno not in FULL:
                 raise
-            with self.store.locked():
+            with self.store.locked(patient=True):
                 self.store._trim(f".{self.record.id}.hold", len(self.record.dumps()) + BLOCK)  # noqa: SLF001
             try:
                 publish_mode(self.core, readers)
@@ -776,16 +896,28 @@ class Entry:
     def finish(self, *, readers: int | None = None) -> None:
         """Make the core (when record.core.state says that there is one) and the record visible. Raises OSError.
 
-        readers: as for `seal`, which is done here when it has not been.
+        readers: as for `seal`, which is done here when it has not been. When it fails after that, the crash may be left
+        to `Store.recover`, be finished again, or be given another end (record.core) and then be finished.
         """
-        if not self._sealed:
+        if not self.sealed:
             self.seal(readers=readers)
         self._close_core()
-        # When it fails, what was sealed does not hold: the caller seals another end.
-        self._sealed = False
-        with self.store.locked():
-            self.store._insist(lambda: self.store._roll(self.record.id))  # noqa: SLF001
+        owner = self.record.id
+        self._sync_sealed()
+        with self.store.locked(patient=True):
+            self.store._insist(lambda: self.store._roll(owner))  # noqa: SLF001
         self._close_lock()
+        self.store.sync()
+
+    def _sync_sealed(self) -> None:
+        """See what was sealed on the disk, at the cost of old cores where that is full. Raises OSError."""
+        for _ in range(FOR_A_RECORD):
+            try:
+                return self.store._sync_sealed(self.record.id)  # noqa: SLF001
+            except OSError as error:
+                if error.errno not in FULL or not self.relieve(0):
+                    raise
+        return self.store._sync_sealed(self.record.id)  # noqa: SLF001
 
     def _close_core(self) -> None:
         if self.core >= 0:

@@ -360,6 +360,16 @@ def test_limits_of_a_stream_that_is_no_core(store: Store) -> None:
         captured(store, b"x" * 10_001, wish=Wish(10_000, "test"))
 
 
+def test_what_is_no_core_evicts_none(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "store"), limit=lambda _whole: 3 * MIB)
+    old = [captured(store, random.Random(n).randbytes(MIB), "none")[1] for n in range(2)]
+    with pytest.raises(NoRoom):
+        captured(store, random.Random(9).randbytes(2 * MIB), "none")
+    store.recover()
+    assert all(core.path is not None and os.path.exists(core.path) for core in old)
+    store.close()
+
+
 # Reduced.
 
 STACK, HEAP, CODE = 0x7FFF00000000, 0x7F0000000000, 0x400000

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import random
@@ -11,17 +13,24 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
+import time
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import zstandard
 
-from receiver.record import Core, Record
-from receiver.store import ACL, MAX_RECORD, Entry, NoRoom, Store, StoreError, write_all
+from receiver import protocol, worker
+from receiver.config import Config
+from receiver.record import UNLIMITED, Core, Record
+from receiver.store import ACL, MAX_RECORD, Entry, Limits, NoRoom, Store, StoreError, write_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from receiver.protocol import Channel
 
 MIB = 1 << 20
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: sudo .venv/bin/python -m pytest")
@@ -574,6 +583,8 @@ def test_killed_before_each_of_its_calls(tmp_path: Path, compression: str) -> No
             begun = {record.id} if file.read() else set()
         store.recover()
         found = check_whole(store, begun | {old.id})
+        # Who could read the record still can.
+        assert os.getxattr(f"{store.path}/{old.id}.json", ACL)
         assert store.recover() == []
         store.close()
         if record.id in found:
@@ -664,6 +675,252 @@ def test_the_lock_is_not_waited_for_for_ever(store: Store, monkeypatch: pytest.M
         store.begin(new_record())
     store.begin(new_record()).close()
     other.close()
+
+
+@contextmanager
+def busy(store: Store, seconds: float) -> Iterator[None]:
+    """Hold the store's lock from now on, for so long at the most."""
+    fd = os.open(f"{store.path}/.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    timer = threading.Timer(seconds, os.close, (fd,))
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.join()
+
+
+def test_who_has_a_core_waits_longer_for_the_lock(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No other receiver will take it any more."""
+    monkeypatch.setattr("receiver.store.LOCK_SECONDS", 0.05)
+    entry = store.begin(new_record())
+    with busy(store, 0.4):
+        with pytest.raises(StoreError, match=r"for 0\.05 s"):
+            store.begin(new_record(1))
+        entry.grow(4)
+    write_all(entry.open_core(), b"core")
+    entry.record.core = Core(state="stored", size_bytes=4, compression="none")
+    for wait in (entry.seal, entry.finish, lambda: entry.relieve(1 << 50)):
+        with busy(store, 0.3):
+            wait()
+    assert store.load(entry.record.id).core.state == "stored"
+    # And so do those who write the history.
+    store.patient = True
+    with busy(store, 0.3), store.locked():
+        pass
+
+
+def test_nobody_waits_for_the_disk_under_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes as long as there is to write, and the others have seconds."""
+    store = Store(str(tmp_path / "store"), limit=lambda _: 3 * MIB)
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def watched(fd: int) -> None:
+        name = os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))
+        lock = os.open(f"{store.path}/.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pytest.fail(f"{name} is synced under the lock")
+        finally:
+            os.close(lock)
+        synced.append(name)
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    old = [keep(store, content(n, MIB), seconds=n) for n in range(3)]
+    assert synced[:3] == [f".{old[0].id}.core", f".{old[0].id}.final", "store"]
+    synced.clear()
+    new = keep(store, content(9, 2 * MIB), seconds=9)
+    # Those that say that their cores have gone come last of all.
+    assert synced[:2] == [f".{new.id}.core", f".{new.id}.final"]
+    assert sorted(synced[2:]) == sorted([f"{old[0].id}.json", f"{old[1].id}.json", "store"])
+    entry = store.begin(new_record(10))
+    write_all(entry.open_core(), b"core")
+    entry.record.core = Core(state="stored", size_bytes=4, compression="none")
+    entry.seal()
+    entry.close()
+    synced.clear()
+    assert store.recover() == [entry.record.id]
+    assert synced == [f".{entry.record.id}.core", f".{entry.record.id}.final", "store"]
+    synced.clear()
+    added = new_record(11)
+    store.add_record(added)
+    assert synced == [f"{added.id}.json", "store"]
+    assert len(store.prune()) == 3
+    store.close()
+
+
+def test_a_disk_that_is_full_when_a_core_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(str(tmp_path / "store"))
+    old = keep(store, b"old")
+    fsync, failures = os.fsync, [errno.EDQUOT]
+
+    def fails(fd: int) -> None:
+        if failures:
+            raise OSError(failures.pop(), "no room")
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", fails)
+    assert store.load(keep(store, b"new", seconds=1).id).core.state == "stored"
+    assert store.load(old.id).core.reason == "evicted: the file system or its quota was full"
+    store.close()
+
+
+def test_what_a_killed_worker_had_sealed_gives_its_room_back(tmp_path: Path) -> None:
+    """It is not shown to whom it stands in the way: that would have to wait for the disk."""
+    store = Store(str(tmp_path / "store"), limit=lambda _: 4 * MIB)
+    entry = store.begin(new_record())
+    entry.grow(3 * MIB)
+    write_all(entry.open_core(), content(7, 4096))
+    entry.record.core = Core(state="stored", size_bytes=4096, compression="none")
+    entry.seal()
+    entry.close()
+    assert keep(store, content(8, 2 * MIB), seconds=1).core.state == "stored"
+    assert names(store) >= {f".{entry.record.id}.core", f".{entry.record.id}.final"}
+    assert store.recover() == [entry.record.id]
+    assert store.load(entry.record.id).core.state == "stored"
+    store.close()
+
+
+class FakeChannel:
+    """A forwarder that hands over a core."""
+
+    def __init__(self, core: bytes, *, refuses: bool = False) -> None:
+        self.core = core
+        self.refuses = refuses
+        self.sent: list[bytes] = []
+
+    def send(self, kind: bytes, _fields: dict[str, bytes], _deadline: float) -> None:
+        if self.refuses:
+            raise BrokenPipeError(errno.EPIPE, "gone")
+        self.sent.append(kind)
+
+    def receive(self, _deadline: float) -> FakeChannel:
+        return self
+
+    kind = protocol.CORE
+    fields = {"descriptors": b"core"}  # noqa: RUF012
+
+    def take(self) -> list[int]:
+        read, write = os.pipe()
+        write_all(write, self.core)
+        os.close(write)
+        return [read]
+
+
+def serve(store: Store, channel: FakeChannel, *, core_limit: int = UNLIMITED) -> Record:
+    """Keep a crash with the worker's own code."""
+    offered = worker.Offered(new_record(), core_limit, time.monotonic())
+    found = worker._keep(cast("Channel", channel), Config(store=store.path), store, offered, time.monotonic())
+    assert found is not None
+    return found
+
+
+def elf_core() -> bytes:
+    from tests.support import elf
+
+    return elf.core(elf.prstatus(1, pc=1, sp=0x7000_0000_0000), [elf.Load(0x7000_0000_0000, content(1, 8192))])
+
+
+def test_a_sealed_core_outlives_a_lock_that_stays_busy(
+    store: Store, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("receiver.store.LOCK_SECONDS", 0.05)
+    monkeypatch.setattr("receiver.store.PATIENT_SECONDS", 0.05)
+    tell = worker._tell
+
+    def told(*arguments: Any) -> None:
+        tell(*arguments)
+        stack.__enter__()
+
+    stack = busy(store, 1.0)
+    monkeypatch.setattr(worker, "_tell", told)
+    record = serve(store, FakeChannel(elf_core()))
+    stack.__exit__(None, None, None)
+    assert names(store) >= {f".{record.id}.core", f".{record.id}.final"}
+    assert "could not be finished" in capfd.readouterr().err
+    assert store.recover() == [record.id]
+    assert store.load(record.id).core.state == "stored"
+    os.close(store.open_core(record))
+
+
+def test_a_sealed_core_whose_name_is_taken_leaves_a_record(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody could ever show it."""
+    tell = worker._tell
+
+    def told(channel: Channel, record: Record, config: Config) -> None:
+        tell(channel, record, config)
+        Path(str(record.core.path)).write_text("prepared")
+
+    monkeypatch.setattr(worker, "_tell", told)
+    record = serve(store, FakeChannel(elf_core()))
+    assert "could not be kept" in str(store.load(record.id).core.reason)
+    assert names(store) - {".history"} == {f"{record.id}.json", f"{record.id}.core.zst"}
+
+
+def test_a_sealed_record_says_why_though_nobody_hears_it(store: Store) -> None:
+    record = serve(store, FakeChannel(b"", refuses=True), core_limit=0)
+    assert store.load(record.id).core.reason == "the soft core limit (ulimit -c) of the process is 0"
+
+
+def test_a_core_that_is_given_up_after_it_was_sealed(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever happens then, no record says that it is stored."""
+    for failing in ("lock", "write"):
+        entry = store.begin(new_record())
+        write_all(entry.open_core(), b"core")
+        entry.record.core = Core(state="stored", size_bytes=4, compression="none")
+        entry.seal()
+        entry.record.core = Core(reason="given up")
+        with monkeypatch.context() as patch:
+            if failing == "write":
+                patch.setattr(store, "_write", lambda *_, **__: os.stat("/nonexistent"))
+            else:
+                patch.setattr("receiver.store.PATIENT_SECONDS", 0.05)
+                patch.setattr("receiver.store.LOCK_SECONDS", 0.05)
+            with busy(store, 0.3 if failing == "lock" else 0), pytest.raises((OSError, StoreError)):
+                entry.finish()
+        entry.close()
+        assert store.recover() == [entry.record.id]
+        found = json.loads(Path(store.path, f"{entry.record.id}.json").read_bytes())
+        # Without the lock it was not given up.
+        assert found["core"]["state"] == ("stored" if failing == "lock" else "none")
+        assert (f"{entry.record.id}.core" in names(store)) == (failing == "lock")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG])
+def test_a_promise_that_cannot_be_written_can_be_asked_for_again(
+    store: Store, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    old = keep(store, b"old")
+    entry = store.begin(new_record(1))
+    ftruncate, failures = os.ftruncate, [number]
+
+    def fails(fd: int, size: int) -> None:
+        if failures and os.readlink(f"/proc/self/fd/{fd}").endswith(".room"):
+            raise OSError(failures.pop(), os.strerror(number))
+        ftruncate(fd, size)
+
+    monkeypatch.setattr(os, "ftruncate", fails)
+    if number == errno.ENOSPC:
+        # An old core goes for it.
+        entry.grow(4096)
+        assert store.load(old.id).core.reason == "evicted: the file system or its quota was full"
+    else:
+        with pytest.raises(NoRoom):
+            entry.grow(4096)
+        assert store.load(old.id).core.state == "stored"
+        store.prune()
+        entry.grow(4096)
+    failures.append(number)
+    with pytest.raises(NoRoom):
+        entry.grow(100 * MIB)
+    # What was promised before still is.
+    assert f".{entry.record.id}.room" in names(store)
+    entry.grow(100 * MIB)
+    entry.record.core = Core(reason="no core")
+    entry.finish()
 
 
 # What stands in the way, and what others wrote (H12).
@@ -844,10 +1101,40 @@ def test_eviction_of_a_core_whose_record_is_gone(tmp_path: Path) -> None:
     store.close()
 
 
-def test_an_evicted_core_that_somebody_reads_can_be_read_to_its_end(tmp_path: Path) -> None:
+def test_a_core_that_goes_is_free_though_somebody_reads_it(tmp_path: Path) -> None:
+    """Its user may read it, and whoever has it open would keep its blocks where nobody counts them."""
+    store = Store(str(tmp_path / "store"), limits=Limits(store_max=lambda _: MIB, records_max=2))
+    goes: list[Callable[[], object]] = [
+        lambda: keep(store, content(8, 700_000), seconds=1),
+        store.prune,
+        # The number of records.
+        lambda: [keep(store, b"x", seconds=n) for n in range(5, 8)],
+    ]
+    for go in goes:
+        old = keep(store, content(7, 700_000))
+        with os.fdopen(store.open_core(old), "rb") as file:
+            assert os.fstat(file.fileno()).st_blocks
+            go()
+            assert f"{old.id}.core" not in names(store)
+            assert os.fstat(file.fileno()).st_blocks == 0
+            assert file.read() == b""
+    # Sealed, so that its user may read it, and then not to be shown.
+    entry = store.begin(new_record(9))
+    write_all(entry.open_core(), b"core")
+    entry.record.core = Core(state="stored", size_bytes=4, compression="none")
+    entry.seal()
+    with open(f"{store.path}/.{entry.record.id}.core", "rb") as file:
+        entry.record.core = Core(reason="given up")
+        entry.finish()
+        assert file.read() == b""
+    store.close()
+
+
+def test_a_core_that_root_has_linked_elsewhere_stays_there(tmp_path: Path) -> None:
     store = Store(str(tmp_path / "store"), limit=lambda _: MIB)
     old = keep(store, content(7, 700_000))
-    with os.fdopen(store.open_core(old), "rb") as file:
-        keep(store, content(8, 700_000), seconds=1)
-        assert file.read() == content(7, 700_000)
+    os.link(str(old.core.path), tmp_path / "mine")
+    keep(store, content(8, 700_000), seconds=1)
+    assert store.load(old.id).core.state == "none"
+    assert (tmp_path / "mine").read_bytes() == content(7, 700_000)
     store.close()
