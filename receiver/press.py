@@ -88,10 +88,10 @@ class Press:
         self._free: list[bytearray] = []
         self._pending: deque[Task] = deque()
         self._queue: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
-        # They start with the second frame: most cores that are small end with the first.
+        # They start with the third frame: smaller cores are pressed before a thread would run.
         self._wanted = threads
         self._threads: list[threading.Thread] = []
-        self._is_first = True
+        self._alone = 2
 
     def buffer(self) -> bytearray | None:
         """Return a buffer to fill, None when a frame has to be taken first."""
@@ -115,9 +115,9 @@ class Press:
             self._prepare(task, plain=plain)
 
     def _started(self) -> bool:
-        """Whether threads do it. Starts them for the second frame, as many as can be had."""
-        if self._is_first:
-            self._is_first = False
+        """Whether threads do it. Starts them for the third frame, as many as can be had."""
+        if self._alone:
+            self._alone -= 1
             return False
         while self._wanted:
             self._wanted -= 1
