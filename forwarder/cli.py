@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 
-from forwarder import __version__, install
+from forwarder import __version__, ingress, install, ledger_command
 from forwarder.staging import InstallError
 from forwarder.status import status
+from receiver.activation import ActivationError
 
 # As systemctl(1): 3 for what is not active because it was never started.
 OK, FAILED, NOT_INSTALLED = 0, 1, 3
@@ -17,8 +19,11 @@ _EPILOG = """\
 Examples:
   core-pipe-forwarder install            cores go home from now on, and after every boot
   core-pipe-forwarder install --runtime  the same, until the next boot
+  core-pipe-forwarder install --ingress pipe
+                                         have the kernel start a process for each crash, and keep no service
   core-pipe-forwarder status             who gets the cores, and what is wrong with that
   core-pipe-forwarder status --json | jq -r '.problems[] | .mend'
+  core-pipe-forwarder serve              without systemd: be the service of the kernel's socket, until SIGTERM
   core-pipe-forwarder uninstall          everything as it was before
 
 Settings, read by `install`:
@@ -43,12 +48,21 @@ def main(arguments: list[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         if options.command == "install":
-            return _install(runtime=options.runtime)
+            return _install(options.ingress, runtime=options.runtime)
         if options.command == "uninstall":
             return _uninstall()
+        if options.command == "ingress":
+            return _say(ingress.switch(install.HOST, options.way))
+        if options.command == "serve":
+            ingress.serve(install.HOST, idle_seconds=options.idle_seconds, say=_say_now)
+            return OK
+        if options.command == "ledger":
+            return ledger_command.run(options)
         return _status(json=options.json)
     except InstallError as error:
         return _fail(error.fact, error.mend)
+    except ActivationError as error:
+        return _fail(*str(error).split(". ", 1))
     except OSError as error:
         return _fail(*_explain(error))
 
@@ -64,15 +78,41 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     command = commands.add_parser("install", help="point the kernel's core_pattern at the forwarder")
     command.add_argument("--runtime", action="store_true", help="until the next boot only")
+    command.add_argument(
+        "--ingress",
+        choices=(ingress.AUTO, ingress.SOCKET, ingress.PIPE),
+        default=ingress.AUTO,
+        help="the way in: the kernel's socket (from 6.17 on) with a service behind it, or a process for each crash by "
+        "the kernel's pipe; auto, the default: the socket where there is one and systemd keeps it",
+    )
     commands.add_parser("uninstall", help="give back what was there before")
+    command = commands.add_parser("serve", help="be the service of the kernel's socket; the way in while it runs")
+    command.add_argument(
+        "--idle-seconds",
+        type=_seconds,
+        default=0.0,
+        metavar="N",
+        help="with systemd's socket: leave after so long without a crash (default: 0, never)",
+    )
+    command = commands.add_parser("ingress", help="change the way in of what is installed, until the next boot")
+    command.add_argument("way", choices=(ingress.SOCKET, ingress.PIPE))
     command = commands.add_parser("status", help="show who gets the cores, and what is wrong")
     command.add_argument("--json", action="store_true", help="for programs")
+    ledger_command.register(commands)
     return parser
 
 
-def _install(*, runtime: bool) -> int:
-    for line in install.install(install.HOST, runtime=runtime):
-        print(line)
+def _seconds(text: str) -> float:
+    number = float(text)
+    # No range contains "nan".
+    if not 0 <= number <= 365 * 86400:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to a year")
+    return number
+
+
+def _install(way: str, *, runtime: bool) -> int:
+    _say(install.install(install.HOST, runtime=runtime))
+    _say(ingress.set_up(install.HOST, way, runtime=runtime))
     # What the installation cannot mend by itself is best heard now.
     for problem in status(install.HOST).problems:
         print(f"warning: {problem.what}\n   mend: {problem.mend}", file=sys.stderr)
@@ -80,7 +120,17 @@ def _install(*, runtime: bool) -> int:
 
 
 def _uninstall() -> int:
-    for line in install.uninstall(install.HOST) or ["nothing is installed"]:
+    return _say([*ingress.take_down(install.HOST), *install.uninstall(install.HOST)] or ["nothing is installed"])
+
+
+def _say_now(line: str) -> None:
+    # Whoever read this may be gone; the service has more important things to end.
+    with contextlib.suppress(OSError):
+        print(line, flush=True)
+
+
+def _say(lines: list[str]) -> int:
+    for line in lines:
         print(line)
     return OK
 

@@ -41,6 +41,9 @@ PATTERN = "kernel.core_pattern"
 LIMIT = "kernel.core_pipe_limit"
 SUID = "fs.suid_dumpable"
 
+# core(5): the kernel connects to the socket at the path behind this, and asks before it writes a core.
+SOCKET_MARK = "@@"
+
 # Why these numbers: systemd/sysctl.d/60-core_pipe.conf.in, which is also what administrators get to read.
 CORE_PIPE_LIMIT = "1024"
 SUID_DUMPABLE = "2"
@@ -127,6 +130,11 @@ class Paths:
         )
 
     @property
+    def kernel_socket(self) -> str:
+        """Where the kernel connects to, where the socket is the way in (`forwarder/ingress.py`)."""
+        return self.at("/run/core_pipe_forwarder/kernel.sock")
+
+    @property
     def places(self) -> tuple[Place, Place]:
         """Both."""
         return self.persistent, self.runtime
@@ -210,7 +218,7 @@ def install(paths: Paths = HOST, *, runtime: bool = False) -> list[str]:
     python = staging.interpreter()
     pattern = core_pattern(python, place.launcher)
     done = []
-    with _locked(paths), contextlib.ExitStack() as undo:
+    with locked(paths), contextlib.ExitStack() as undo:
         undo.callback(
             staging.stage(
                 place.code,
@@ -249,7 +257,7 @@ def uninstall(paths: Paths = HOST) -> list[str]:
     """
     refuse_elsewhere()
     done: list[str] = []
-    with _locked(paths):
+    with locked(paths):
         current = current_values()
         active = place_of(current[PATTERN], paths)
         present = [place for place in paths.places if is_present(place)]
@@ -357,7 +365,7 @@ def refuse_containers() -> None:
 
 
 @contextlib.contextmanager
-def _locked(paths: Paths) -> Iterator[None]:
+def locked(paths: Paths) -> Iterator[None]:
     """One `install` or `uninstall` at a time. The file stays: who removes a lock file lets two have the lock."""
     path = paths.at("/run/core_pipe_forwarder.lock")
     staging.make_directories(os.path.dirname(path))
@@ -406,7 +414,10 @@ def _number(text: str) -> float | str:
 
 
 def place_of(pattern: str, paths: Paths) -> Place | None:
-    """Return which installation a core_pattern starts, of whatever version, None for another handler's."""
+    """Return which installation a core_pattern leads to, of whatever version, None for another handler's."""
+    if pattern == SOCKET_MARK + paths.kernel_socket:
+        # One service for both. The persistent one's, if nothing else is known: it is what a boot brings.
+        return next((place for place in paths.places if os.path.lexists(place.launcher)), paths.persistent)
     if not pattern.startswith("|"):
         return None
     words = pattern[1:].split(" ")

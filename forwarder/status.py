@@ -14,7 +14,7 @@ import stat
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from forwarder import __version__, staging
+from forwarder import __version__, ingress, staging
 from forwarder.install import (
     ARGUMENTS,
     CORE_PIPE_LIMIT,
@@ -60,10 +60,11 @@ class Problem:
 class Status:
     """What `status` shows; `dataclasses.asdict` of it is the JSON form, whose keys are part of the interface.
 
-    active: the kernel starts our launcher for a crash, and the staged code is whole. ingress: the way in, "pipe"; None
-    when not active. installed: "persistent", "runtime" (the one that core_pattern names, if both are there) or None.
-    version: the staged code's and this package's. features: what this kernel has, as far as it can be told without a
-    crash. host_receiver: whether there is a socket for the host's own crashes.
+    active: the kernel starts our launcher for a crash, or connects to our service, and the staged code is whole.
+    ingress: the way in, "pipe" or "socket"; None when not active. installed: "persistent", "runtime" (the one that
+    core_pattern leads to, if both are there) or None. version: the staged code's and this package's. features: what
+    this kernel has, as far as it can be told without a crash. host_receiver: whether there is a socket for the host's
+    own crashes.
     """
 
     active: bool
@@ -101,7 +102,9 @@ def status(paths: Paths = HOST) -> Status:
         except DamagedError as error:
             problems.append(Problem(f"the staged code is damaged: {error}", again))
         problems += _sysctl_problems(current, active, again)
-        pattern = current[PATTERN] if active else None
+        way_in = ingress.way_in(current[PATTERN], paths)
+        problems += _ingress_problems(way_in, paths, again)
+        pattern = current[PATTERN] if way_in == ingress.PIPE else None
         if staged:
             problems += _staged_problems(staged, place, pattern, paths, again)
         if place.sysctl_file:
@@ -115,10 +118,13 @@ def status(paths: Paths = HOST) -> Status:
                 "core-pipe-receiver install --host",
             )
         )
-    is_active = active is not None and staged is not None
+    way_in = ingress.way_in(current[PATTERN], paths)
+    is_active = way_in is not None and staged is not None
+    if way_in == ingress.SOCKET:
+        is_active = is_active and ingress.is_listening(paths.kernel_socket)
     return Status(
         active=is_active,
-        ingress="pipe" if is_active else None,
+        ingress=way_in if is_active else None,
         core_pattern=current[PATTERN],
         core_pipe_limit=int(current[LIMIT]),
         suid_dumpable=int(current[SUID]),
@@ -128,6 +134,36 @@ def status(paths: Paths = HOST) -> Status:
         host_receiver=host_receiver,
         problems=problems,
     )
+
+
+def _ingress_problems(way_in: str | None, paths: Paths, again: str) -> Iterator[Problem]:
+    units = ingress.unit_files(paths)
+    serve = "core-pipe-forwarder serve"
+    if way_in == ingress.SOCKET and not ingress.is_listening(paths.kernel_socket):
+        # A resident service that was killed together with its guard could not give the way in back.
+        yield Problem(
+            f"nobody listens at {paths.kernel_socket}, where the kernel brings the cores: each is lost",
+            f"core-pipe-forwarder ingress pipe; then {f'systemctl start {ingress.SOCKET_UNIT}' if units else serve}",
+        )
+    if way_in == ingress.PIPE and units:
+        yield Problem(
+            f"{ingress.SOCKET_UNIT} is installed, and the way in is the pipe",
+            f"systemctl start {ingress.SOCKET_UNIT}; if that does not help: {again}",
+        )
+    for unit in units:
+        for line in _lines(unit):
+            if line.startswith("ExecStart="):
+                program = line.removeprefix("ExecStart=").split(" ")[0]
+                if not os.access(program, os.X_OK):
+                    yield Problem(f"the service's program {program} cannot be started", again)
+                elif reason := staging.insecure(program):
+                    yield Problem(f"root runs {program} as a service, and {reason}", "give what is named to root")
+
+
+def _lines(path: str) -> list[str]:
+    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
+        return file.read().splitlines()
+    return []
 
 
 def _sysctl_problems(current: Mapping[str, str], active: Place | None, again: str) -> Iterator[Problem]:

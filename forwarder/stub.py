@@ -4,7 +4,7 @@ Import budget
 -------------
 The kernel starts a Python for each crash, so each import here is paid by a process that waits in the kernel. Allowed on
 this path, and held by tests/test_stub.py: the interpreter's built-in modules (_signal, _socket, _struct, errno, fcntl,
-select, time), os with what it brings, and forwarder.{stub,apart,crash,share,namespaces,rendezvous,route,handoff}
+select, time), os with what it brings, forwarder.{stub,apart,crash,share,namespaces,rendezvous,route,handoff,handled}
 and receiver.{auxv,cgroup,protocol}. No typing, no socket, no json, no logging, no dataclasses, no third-party package.
 What is rare (a crash that nobody takes) is imported where it is needed.
 
@@ -17,15 +17,16 @@ from __future__ import annotations
 import os
 import sys
 
+from forwarder import handled
 from forwarder.crash import Crash, Unidentified, parse
-from forwarder.handoff import END_SECONDS, Handoff, Lost
+from forwarder.handoff import END_SECONDS, Lost
 from forwarder.rendezvous import Absent, Known, Refused
 from forwarder.route import Route
 from forwarder.share import Share
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 CORE = 0
 
@@ -56,25 +57,43 @@ def main(settings: Mapping[str, object], arguments: list[str] | None = None) -> 
     """
     open_standard_streams()
     prefer_to_be_killed()
+    words = sys.argv[1:] if arguments is None else arguments
+    return deal(settings, lambda: Crash(parse(words)), words)
+
+
+def deal(
+    settings: Mapping[str, object],
+    find: Callable[[], Crash],
+    arguments: list[str],
+    begin: Callable[[], None] | None = None,
+) -> int:
+    """Bring one crash home, or leave a record of it; returns as `main`.
+
+    The core is descriptor CORE, and descriptor 1 leads to nothing. find: says who crashed; raises ValueError or
+    Unidentified. arguments: what the kernel said, for the record when that is not understood. begin: what the kernel
+    waits for before it writes the core; raises ValueError or OSError.
+    """
     crash: Crash | None = None
     tried: list[str] = []
     try:
-        crash = Crash(parse(sys.argv[1:] if arguments is None else arguments))
+        crash = find()
         crash.identify()
+        if begin is not None:
+            begin()
         reason = _bring(crash, settings, tried)
     except (ValueError, Unidentified) as error:
         reason = str(error)
     except Exception as error:
         # The last resort: whatever happens, a record.
         reason = f"{type(error).__name__}: {error}"
-    if reason is None:
-        return 0
-    # Whatever comes now takes time, and the process shall not wait for it.
-    os.dup2(1, CORE)
-    from forwarder import unhandled  # noqa: PLC0415 - rare
+    if reason is not None:
+        # Whatever comes now takes time, and the process shall not wait for it.
+        os.dup2(1, CORE)
+        from forwarder import unhandled  # noqa: PLC0415 - rare
 
-    unhandled.record(settings, crash, sys.argv[1:] if arguments is None else arguments, reason, tried)
-    return 1
+        unhandled.record(settings, crash, arguments, reason, tried)
+    handled.note(settings, crash, reason)
+    return 0 if reason is None else 1
 
 
 def _bring(crash: Crash, settings: Mapping[str, object], tried: list[str]) -> str | None:
@@ -85,7 +104,7 @@ def _bring(crash: Crash, settings: Mapping[str, object], tried: list[str]) -> st
         _let_go(crash, share)
         return over
     connect_seconds = float(str(settings.get("connect_seconds", 10.0)))
-    handoff = Handoff(
+    handoff = handled.NotedHandoff(
         crash,
         CORE,
         connect_seconds=connect_seconds,

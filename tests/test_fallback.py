@@ -13,6 +13,7 @@ from tests.support.cgroups import hierarchies
 from tests.support.containers import Host, PlainContainer
 from tests.support.crash import crash
 from tests.support.receivers import (
+    INGRESSES,
     STORE,
     Forwarder,
     fake_receiver,
@@ -30,9 +31,9 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.kernel
 
 
-@pytest.fixture(scope="module")
-def forwarder() -> Iterator[Forwarder]:
-    with forwarder_installed() as found:
+@pytest.fixture(scope="module", params=INGRESSES)
+def forwarder(request: pytest.FixtureRequest) -> Iterator[Forwarder]:
+    with forwarder_installed(request.param) as found:
         yield found
 
 

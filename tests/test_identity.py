@@ -6,16 +6,20 @@ It is done before every single system call that the forwarder makes, one after t
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import functools
 import os
 import signal
+import socket
 import subprocess
+import tempfile
 import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from forwarder import ingress, kernel_socket
 from forwarder.crash import Crash, Unidentified
 from forwarder.route import Route
 from forwarder.share import Share
@@ -56,6 +60,17 @@ def held_dumps() -> Iterator[None]:
 def container() -> Iterator[PlainContainer]:
     with PlainContainer() as found:
         yield found
+
+
+@pytest.fixture
+def kernel_socket_path() -> Iterator[str]:
+    """Where the kernel connects to for as long, in the place of starting the holder."""
+    if not ingress.kernel_has_socket():
+        pytest.skip("this kernel has no coredump socket")
+    with exclusive() as machine, tempfile.TemporaryDirectory(dir="/run") as directory:
+        path = os.path.join(directory, "kernel.sock")
+        machine.core_pattern = f"@@{path}"
+        yield path
 
 
 class Victim:
@@ -145,12 +160,18 @@ class Calls:
         return call
 
 
-def look(victim: Victim, *, kernels_pidfd: bool, crashed: int) -> tuple[Crash, dict[str, bytes], list[Any]]:
-    """Everything that the stub learns of a process before a byte of the core is passed."""
+def by_pipe(victim: Victim, *, kernels_pidfd: bool, crashed: int) -> Crash:
+    """The crash, as the kernel's arguments have it."""
     words = {"P": victim.pid, "I": victim.pid, "p": victim.pid, "i": victim.pid, "s": 11, "t": crashed, "d": 1}
     crash = Crash({name: str(value) for name, value in words.items()})
     if kernels_pidfd:
         crash.pidfd, crash.pidfd_is_kernels = os.dup(victim.pidfd), True
+    return crash
+
+
+def look(find: Callable[[], Crash]) -> tuple[Crash, dict[str, bytes], list[Any]]:
+    """Everything that the forwarder learns of a process before a byte of the core is passed."""
+    crash = find()
     try:
         crash.identify()
         route = Route(crash, seconds=5)
@@ -182,7 +203,7 @@ def test_a_replacement_before_every_call(
     try:
         with pytest.MonkeyPatch.context() as patch:
             calls = Calls(patch, -1, lambda: None)
-            crash, facts, places = look(victim, kernels_pidfd=kernels_pidfd, crashed=victim.crashed)
+            crash, facts, places = look(lambda: by_pipe(victim, kernels_pidfd=kernels_pidfd, crashed=victim.crashed))
             total = calls.count
     finally:
         victim.end()
@@ -198,7 +219,9 @@ def test_a_replacement_before_every_call(
             with pytest.MonkeyPatch.context() as patch:
                 Calls(patch, at, functools.partial(replace, victim, impostors, crashes=crashes))
                 try:
-                    crash, facts, found = look(victim, kernels_pidfd=kernels_pidfd, crashed=victim.crashed - age)
+                    crashed = victim.crashed - age
+                    find = functools.partial(by_pipe, victim, kernels_pidfd=kernels_pidfd, crashed=crashed)
+                    crash, facts, found = look(find)
                 except (Unidentified, OSError):
                     outcomes["refused"] += 1
                     continue
@@ -211,6 +234,72 @@ def test_a_replacement_before_every_call(
                 impostor.end()
             victim.end()
     assert outcomes["refused"] > total // 2, outcomes
+
+
+def numbers(crash: Crash) -> tuple[int, ...]:
+    return crash.pid, crash.tid, crash.own_pid, crash.own_tid, crash.signal, crash.uid, crash.gid, crash.dumpable
+
+
+@pytest.mark.parametrize("crashes", [False, True], ids=["runs", "crashes"])
+@pytest.mark.timeout(170)
+def test_a_replacement_before_every_call_at_the_kernels_socket(
+    container: PlainContainer, kernel_socket_path: str, crashes: bool
+) -> None:
+    """The same where the kernel tells no number, and the connection's peer is asked for all of them."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        listener.bind(kernel_socket_path)
+        listener.listen(64)
+        listener.settimeout(20)
+
+        def accept() -> tuple[Victim, socket.socket]:
+            victim = Victim(container)
+            return victim, listener.accept()[0]
+
+        victim, connection = accept()
+        with connection:
+            try:
+                with pytest.MonkeyPatch.context() as patch:
+                    calls = Calls(patch, -1, lambda: None)
+                    crash, facts, places = look(lambda: kernel_socket.who_crashed(connection))
+                    total = calls.count
+            finally:
+                victim.end()
+        assert crash.comm == NAME
+        assert (crash.signal, crash.dumpable, crash.tid) == (11, 1, victim.pid)
+        assert b"the-victim-is-blue" in facts["environ"]
+        assert 10 < total < MOST_CALLS
+        outcomes = {"refused": 0, "the victim's": 0}
+        for at in range(1, total + 1):
+            victim, connection = accept()
+            impostors: list[Impostor] = []
+            try:
+                with pytest.MonkeyPatch.context() as patch:
+                    Calls(patch, at, functools.partial(replace, victim, impostors, crashes=crashes))
+                    try:
+                        crash, facts, found = look(functools.partial(kernel_socket.who_crashed, connection))
+                    except (Unidentified, OSError):
+                        outcomes["refused"] += 1
+                        continue
+                assert crash.comm == NAME, f"call {at}"
+                assert numbers(crash) == (victim.pid, victim.pid, victim.pid, victim.pid, 11, 0, 0, 1), f"call {at}"
+                assert SECRET.encode() not in facts.get("environ", b""), f"call {at}"
+                assert found == places, f"call {at}"
+                outcomes["the victim's"] += 1
+            finally:
+                connection.close()
+                for impostor in impostors:
+                    if crashes:
+                        listener.accept()[0].close()
+                    impostor.end()
+                victim.end()
+        assert outcomes["refused"] > total // 2, outcomes
+
+
+def test_who_connects_and_does_not_dump_is_nobody() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs, pytest.raises(ValueError, match="does not dump core"):
+        kernel_socket.who_crashed(ours)
 
 
 def test_a_process_that_does_not_dump_is_nobody(container: PlainContainer) -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from forwarder import __version__, cli, install, staging
+from forwarder import __version__, cli, ingress, install, staging
 from forwarder.install import LIMIT, PATTERN, SUID, Paths, Place, core_pattern, read_sysctl, write_sysctl
 from forwarder.staging import InstallError
 from forwarder.status import status
@@ -545,10 +546,152 @@ class TestStatus:
         assert mentions(machine, file, "next boot")
 
 
+class Systemd:
+    """What systemd does with the two units, as far as `install` sees it; and what was asked of it."""
+
+    def __init__(self, paths: Paths) -> None:
+        self.paths = paths
+        self.asked: list[str] = []
+        self.listener: socket.socket | None = None
+        self.broken = False
+
+    def __call__(self, *arguments: str) -> None:
+        self.asked.append(" ".join(arguments))
+        if arguments == ("start", ingress.SOCKET_UNIT):
+            if self.broken:
+                raise InstallError("systemctl start failed", "see journalctl -xe")
+            path = self.paths.kernel_socket
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            self.listener = socket.socket(socket.AF_UNIX)
+            self.listener.bind(path)
+            self.listener.listen()
+            assert cli.main(["ingress", "socket"]) == 0
+        if arguments[-1] == ingress.SOCKET_UNIT and arguments[0] in ("disable", "stop"):
+            assert cli.main(["ingress", "pipe"]) == 0
+            if self.listener is not None:
+                self.listener.close()
+                os.unlink(self.paths.kernel_socket)
+            self.listener = None
+
+
+@pytest.fixture
+def systemd(machine: Paths, monkeypatch: pytest.MonkeyPatch) -> Iterator[Systemd]:
+    found = Systemd(machine)
+    monkeypatch.setattr(install, "HOST", machine)
+    monkeypatch.setattr(ingress, "systemd_keeps", lambda _paths: True)
+    monkeypatch.setattr(ingress, "_systemctl", found)
+    yield found
+    if found.listener is not None:
+        found.listener.close()
+
+
+@needs_machine
+@pytest.mark.kernel
+@pytest.mark.skipif(not ingress.kernel_has_socket(), reason="this kernel has no coredump socket")
+class TestSocketIngress:
+    @both_kinds
+    def test_installed_and_gone_without_a_trace(self, systemd: Systemd, listener: str, kind: str) -> None:
+        assert listener
+        paths = systemd.paths
+        before = files(paths.prefix)
+        options = ["--runtime"] if kind == "runtime" else []
+        assert cli.main(["install", *options]) == 0
+
+        assert sysctls()[PATTERN] == f"@@{paths.kernel_socket}"
+        found = status(paths)
+        assert (found.active, found.ingress, found.installed) == (True, "socket", kind)
+        assert found.problems == []
+        units = paths.at("/run/systemd/system" if kind == "runtime" else "/etc/systemd/system")
+        program = os.path.join(os.path.dirname(sys.executable), "core-pipe-forwarder")
+        assert f"ExecStopPre={program} ingress pipe\n" in read(f"{units}/core_pipe-forwarder.socket")
+        assert f"ExecStart={program} serve" in read(f"{units}/core_pipe-forwarder.service")
+        assert ("enable core_pipe-forwarder.socket" in systemd.asked) == (kind == "persistent")
+        # The boot begins with the pipe: it needs nobody.
+        if kind == "persistent":
+            assert "@@" not in read(str(paths.persistent.sysctl_file))
+
+        assert cli.main(["uninstall"]) == 0
+        assert sysctls() == BEFORE
+        assert files(paths.prefix) == before
+
+    def test_a_second_time_changes_nothing(self, systemd: Systemd) -> None:
+        assert cli.main(["install"]) == 0
+        first = sysctls()
+        assert cli.main(["install"]) == 0
+        assert sysctls() == first
+        # The old service finishes what it has begun before the new one listens.
+        assert systemd.asked[-7:] == [
+            "disable --now core_pipe-forwarder.socket",
+            "disable --now core_pipe-forwarder.service",
+            "daemon-reload",
+            "daemon-reload",
+            "enable core_pipe-forwarder.socket",
+            "start core_pipe-forwarder.socket",
+            "start core_pipe-forwarder.service",
+        ]
+        assert json.loads(read(systemd.paths.persistent.state)) == BEFORE
+        assert cli.main(["uninstall"]) == 0
+        assert sysctls() == BEFORE
+
+    def test_back_to_the_pipe(self, systemd: Systemd) -> None:
+        assert cli.main(["install"]) == 0
+        assert cli.main(["install", "--ingress", "pipe"]) == 0
+        assert status(systemd.paths).ingress == "pipe"
+        assert ingress.unit_files(systemd.paths) == []
+
+    def test_a_service_that_does_not_start_leaves_the_pipe(
+        self, systemd: Systemd, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        systemd.broken = True
+        assert cli.main(["install"]) == 0
+        assert "the way in is the pipe: systemctl start failed" in capsys.readouterr().out
+        assert status(systemd.paths).ingress == "pipe"
+        assert ingress.unit_files(systemd.paths) == []
+        assert cli.main(["install", "--ingress", "socket"]) == 1
+        assert "systemctl start failed" in capsys.readouterr().err
+        assert status(systemd.paths).ingress == "pipe"
+
+    def test_a_kernel_that_refuses_the_pattern(self, systemd: Systemd, monkeypatch: pytest.MonkeyPatch) -> None:
+        """6.17.0 to 6.17.4 do."""
+
+        def refuse(name: str, value: str) -> None:
+            if value.startswith("@@"):
+                raise OSError(errno.EINVAL, "Invalid argument", "/proc/sys/kernel/core_pattern")
+            write_sysctl(name, value)
+
+        monkeypatch.setattr(ingress, "write_sysctl", refuse)
+        # As systemd: the unit's ExecStartPost= fails, so its start does.
+        monkeypatch.setattr(Systemd, "__call__", lambda self, *arguments: self.asked.append(" ".join(arguments)))
+        assert cli.main(["install"]) == 0
+        assert status(systemd.paths).ingress == "pipe"
+
+    def test_what_status_says(self, systemd: Systemd) -> None:
+        assert cli.main(["install"]) == 0
+        assert systemd.listener is not None
+        systemd.listener.close()
+        assert mentions(systemd.paths, "nobody listens")
+        assert not status(systemd.paths).active
+        assert cli.main(["ingress", "pipe"]) == 0
+        assert mentions(systemd.paths, "is installed, and the way in is the pipe")
+        assert status(systemd.paths).active
+        systemd.listener = None
+        os.unlink(systemd.paths.kernel_socket)
+        unit = systemd.paths.at("/etc/systemd/system/core_pipe-forwarder.service")
+        write(unit, "[Service]\nExecStart=/nowhere/core-pipe-forwarder serve\n")
+        assert mentions(systemd.paths, "/nowhere/core-pipe-forwarder cannot be started")
+
+    def test_only_roots_program_becomes_a_service(self, systemd: Systemd, monkeypatch: pytest.MonkeyPatch) -> None:
+        program = f"{systemd.paths.prefix}/core-pipe-forwarder"
+        write(program, "")
+        os.chmod(program, 0o755)
+        os.chown(program, 65534, 0)
+        monkeypatch.setattr(sys, "executable", f"{systemd.paths.prefix}/python")
+        with pytest.raises(InstallError, match=r"as a service, and .* belongs to uid 65534"):
+            ingress._program()
+
+
 @pytest.fixture
 def listener(paths: Paths) -> Iterator[str]:
-    import socket
-
     path = paths.at("/run/core_pipe.socket")
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with socket.socket(socket.AF_UNIX) as server:

@@ -18,6 +18,7 @@ from tests.support.containers import Container, Host, PlainContainer, PodmanCont
 from tests.support.crash import compile_crasher, crash, start_crash
 from tests.support.crashers import known_sha256
 from tests.support.receivers import (
+    INGRESSES,
     STORE,
     Forwarder,
     dump,
@@ -36,9 +37,9 @@ MIB = 1 << 20
 FILL = 100 * MIB
 
 
-@pytest.fixture(scope="module")
-def forwarder() -> Iterator[Forwarder]:
-    with forwarder_installed() as found:
+@pytest.fixture(scope="module", params=INGRESSES)
+def forwarder(request: pytest.FixtureRequest) -> Iterator[Forwarder]:
+    with forwarder_installed(request.param) as found:
         yield found
 
 

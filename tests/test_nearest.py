@@ -14,6 +14,7 @@ from tests.support.crash import compile_crasher, start_crash
 from tests.support.landing import crash_lands, lands
 from tests.support.receivers import (
     BIN,
+    INGRESSES,
     SOCKET,
     STORE,
     Forwarder,
@@ -38,11 +39,11 @@ OWN_PIDS = ("--mount", "--pid", "--fork")
 OWN_USERS = ("--user", "--map-root-user", *OWN_PIDS)
 
 
-@pytest.fixture(scope="module")
-def forwarder() -> Iterator[Forwarder]:
+@pytest.fixture(scope="module", params=INGRESSES)
+def forwarder(request: pytest.FixtureRequest) -> Iterator[Forwarder]:
     if why := PlainContainer.why_unavailable():
         pytest.skip(why)
-    with forwarder_installed() as found:
+    with forwarder_installed(request.param) as found:
         yield found
 
 

@@ -15,7 +15,7 @@ from forwarder import namespaces
 from tests.support.containers import Container, Host, PlainContainer, Sandbox
 from tests.support.crash import compile_crasher, crash, start_crash
 from tests.support.landing import Landed, crash_lands, lands, names, store_of
-from tests.support.receivers import SOCKET, Forwarder, forwarder_installed, host_receiver, resident
+from tests.support.receivers import INGRESSES, SOCKET, Forwarder, forwarder_installed, host_receiver, resident
 from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
@@ -32,11 +32,11 @@ NOT_HIS = "own root: its mount namespace's owner does not own the process"
 ACL = "system.posix_acl_access"
 
 
-@pytest.fixture(scope="module")
-def forwarder() -> Iterator[Forwarder]:
+@pytest.fixture(scope="module", params=INGRESSES)
+def forwarder(request: pytest.FixtureRequest) -> Iterator[Forwarder]:
     if why := PlainContainer.why_unavailable():
         pytest.skip(why)
-    with forwarder_installed() as found:
+    with forwarder_installed(request.param) as found:
         assert found.machine.suid_dumpable == 2
         yield found
 

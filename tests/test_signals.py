@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.containers import PlainContainer
 from tests.support.crash import compile_crasher, crash
-from tests.support.receivers import dump, forwarder_installed, gdb, list_records, resident, wait_for_records
+from tests.support.receivers import INGRESSES, dump, forwarder_installed, gdb, list_records, resident, wait_for_records
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,9 +21,9 @@ pytestmark = pytest.mark.kernel
 SIGNALS = ["QUIT", "ILL", "TRAP", "ABRT", "BUS", "FPE", "SEGV", "XCPU", "XFSZ", "SYS"]
 
 
-@pytest.fixture(scope="module")
-def container() -> Iterator[PlainContainer]:
-    with forwarder_installed(), PlainContainer() as found, resident(found):
+@pytest.fixture(scope="module", params=INGRESSES)
+def container(request: pytest.FixtureRequest) -> Iterator[PlainContainer]:
+    with forwarder_installed(request.param), PlainContainer() as found, resident(found):
         yield found
 
 

@@ -17,6 +17,7 @@ from receiver.cgroup import cgroup_path
 from tests.support.containers import Container, PlainContainer, SystemdContainer
 from tests.support.crash import compile_crasher, crash, start_crash
 from tests.support.receivers import (
+    INGRESSES,
     fake_receiver,
     forwarder_installed,
     list_records,
@@ -29,7 +30,9 @@ from tests.support.waiting import wait_until
 if TYPE_CHECKING:
     from pathlib import Path
 
-ROOMY = {"CORE_PIPE_STORE_MAX": "off", "CORE_PIPE_KEEP_FREE": "off"}
+both_ways_in = pytest.mark.parametrize("ingress", INGRESSES)
+
+ROOMY = {"CORE_PIPE_STORE_MAX": "off", "CORE_PIPE_KEEP_FREE": "off", "CORE_PIPE_SAME_MAX": "off"}
 PATIENT = {"CORE_PIPE_FORWARDER_CONNECT_SECONDS": "60", "CORE_PIPE_FORWARDER_BUSY_SECONDS": "90"}
 
 SPAWN = """
@@ -46,11 +49,12 @@ def crash_at_once(container: Container, count: int) -> None:
 
 @pytest.mark.system
 @pytest.mark.skipif(SystemdContainer.why_unavailable() is not None, reason=str(SystemdContainer.why_unavailable()))
-def test_64_at_once_with_ten_connections() -> None:
+@both_ways_in
+def test_64_at_once_with_ten_connections(ingress: str) -> None:
     """systemd-coredump kept 16 of 32. MaxConnections=10 and Backlog=5 are the units' own."""
     settings = 'store_max = "off"\nkeep_free = "off"\n'
     with (
-        forwarder_installed(**PATIENT) as forwarder,
+        forwarder_installed(ingress, **PATIENT) as forwarder,
         SystemdContainer(prepare=prepare_units(accept=True, settings=settings)) as container,
     ):
         crash_at_once(container, 64)
@@ -64,9 +68,10 @@ def test_64_at_once_with_ten_connections() -> None:
 
 @pytest.mark.kernel
 @pytest.mark.timeout(300)
-def test_500_at_once_and_one_next_door() -> None:
+@both_ways_in
+def test_500_at_once_and_one_next_door(ingress: str) -> None:
     with (
-        forwarder_installed(**PATIENT) as forwarder,
+        forwarder_installed(ingress, **PATIENT) as forwarder,
         PlainContainer() as container,
         PlainContainer() as neighbour,
         resident(container, env={**ROOMY, "CORE_PIPE_WORKERS": "4"}),
@@ -93,10 +98,11 @@ def test_500_at_once_and_one_next_door() -> None:
 
 
 @pytest.mark.kernel
-def test_a_container_that_holds_all_it_can_get() -> None:
+@both_ways_in
+def test_a_container_that_holds_all_it_can_get(ingress: str) -> None:
     """H7: its own crashes end within the deadline, and a neighbour's core is stored as if nothing was."""
     with (
-        forwarder_installed(CORE_PIPE_FORWARDER_STALL_SECONDS="15") as forwarder,
+        forwarder_installed(ingress, CORE_PIPE_FORWARDER_STALL_SECONDS="15") as forwarder,
         PlainContainer() as hostile,
         PlainContainer() as neighbour,
         resident(neighbour),
@@ -135,11 +141,12 @@ def neighbours_latency(neighbour: PlainContainer) -> float:
 
 
 @pytest.mark.kernel
-def test_a_count_that_cannot_be_kept_costs_no_core() -> None:
+@both_ways_in
+def test_a_count_that_cannot_be_kept_costs_no_core(ingress: str) -> None:
     """The host's /run is full: then crashes are not counted, but they are stored."""
     directory = os.path.dirname(DIRECTORY)
     os.makedirs(directory, mode=0o700, exist_ok=True)
-    with forwarder_installed() as forwarder, PlainContainer() as container, resident(container):
+    with forwarder_installed(ingress) as forwarder, PlainContainer() as container, resident(container):
         # One inode, which is the root: nothing can be made in there.
         subprocess.run(["mount", "-t", "tmpfs", "-o", "nr_inodes=1", "full", directory], check=True)
         try:

@@ -30,6 +30,7 @@ BUDGET = {
     "forwarder",
     "forwarder.apart",
     "forwarder.crash",
+    "forwarder.handled",
     "forwarder.handoff",
     "forwarder.namespaces",
     "forwarder.rendezvous",

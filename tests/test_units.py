@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from forwarder import ingress
+from forwarder.install import Paths
 from receiver import images
 
 SYSTEMD = Path(__file__).parent.parent / "systemd"
@@ -205,6 +207,49 @@ def test_the_sockets(name: str) -> None:
     assert unit.last("Before") == "sockets.target"
     assert unit.last("DefaultDependencies") == "no"
     assert unit.last("ConditionVirtualization") == ("!container" if "host" in name else "container")
+
+
+@needs_analyze
+def test_systemd_finds_nothing_to_complain_about_the_forwarders(tmp_path: Path) -> None:
+    program = tmp_path / "usr/bin/core-pipe-forwarder"
+    program.parent.mkdir(parents=True)
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    units = tmp_path / "etc/systemd/system"
+    units.mkdir(parents=True)
+    for name in ("core_pipe-forwarder.socket", "core_pipe-forwarder.service"):
+        shutil.copy(SYSTEMD / name, units)
+    said = analyze("verify", f"--root={tmp_path}", "--man=no", "core_pipe-forwarder.socket")
+    assert [line for line in said.splitlines() if "core_pipe" in line] == []
+
+
+def test_the_forwarders_units() -> None:
+    socket, service = Unit(SYSTEMD / "core_pipe-forwarder.socket"), Unit(SYSTEMD / "core_pipe-forwarder.service")
+    assert socket.last("ListenStream") == Paths().kernel_socket
+    assert socket.last("SocketMode") == "0600"
+    assert socket.last("Accept") == "no"
+    # The kernel does not wait at a full queue.
+    assert socket.last("Backlog") == str(ingress.BACKLOG)
+    # First the listener, then the way in; and back.
+    assert socket.last("ExecStartPost") == "/usr/bin/core-pipe-forwarder ingress socket"
+    assert socket.last("ExecStopPre") == "/usr/bin/core-pipe-forwarder ingress pipe"
+    assert socket.last("RemoveOnStop") == "yes"
+    assert service.last("Type") == "notify"
+    assert service.last("WatchdogSec") is not None
+    assert service.last("LimitCORE") == "0"
+    assert service.last("KillMode") == "process"
+    assert service.all("PartOf") == []
+    for unit in (socket, service):
+        assert unit.last("DefaultDependencies") == "no"
+        assert unit.all("Conflicts") == []
+
+
+def test_the_forwarder_stays_in_the_hosts_mount_namespace() -> None:
+    """It stands for the host: each of these would make it another place."""
+    service = Unit(SYSTEMD / "core_pipe-forwarder.service")
+    names = {name for _, name, _ in service.lines}
+    assert not [name for name in names if name.startswith(("Protect", "Private", "Root", "Bind", "Temporary", "Mount"))]
+    assert not names & {"ReadOnlyPaths", "ReadWritePaths", "InaccessiblePaths", "StateDirectory", "DynamicUser", "User"}
 
 
 def test_the_hosts_service_is_the_containers() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
+from forwarder import ingress as ways_in
 from forwarder import install
 from receiver import images
 from tests.support.containers import Container, Host, Inside
@@ -30,13 +31,19 @@ STORE = "/var/lib/core_pipe"
 CONNECT_SECONDS = "3"
 STALL_SECONDS = "4"
 
+PIPE, SOCKET_INGRESS = "pipe", "socket"
+# For `@pytest.fixture(scope="module", params=INGRESSES)`: each way in that this kernel has.
+INGRESSES = (PIPE, SOCKET_INGRESS) if ways_in.kernel_has_socket() else (PIPE,)
+
 
 class Forwarder:
     """The forwarder, installed on this machine for a while, and the host's own store beside it."""
 
-    def __init__(self, machine: Machine, base: str) -> None:
+    def __init__(self, machine: Machine, base: str, ingress: str = PIPE) -> None:
         self.machine = machine
         self.base = base
+        self.ingress = ingress
+        self.service: subprocess.Popen[bytes] | None = None
         self.store = os.path.join(base, "store")
         self.paths = install.Paths(prefix=base)
 
@@ -46,14 +53,17 @@ class Forwarder:
 
 
 @contextlib.contextmanager
-def forwarder_installed(**settings: str) -> Iterator[Forwarder]:
-    """Hold the machine, install the forwarder below a folder of its own, and take everything away again."""
+def forwarder_installed(ingress: str = PIPE, **settings: str) -> Iterator[Forwarder]:
+    """Hold the machine, install the forwarder below a folder of its own, and take everything away again.
+
+    ingress: one of INGRESSES; for the socket, a resident service runs as long (`Forwarder.service`).
+    """
     with exclusive() as machine:
         base = tempfile.mkdtemp(prefix="cp-", dir="/tmp")
         # Users of the host look into their own cores.
         os.chmod(base, 0o755)
         try:
-            forwarder = Forwarder(machine, base)
+            forwarder = Forwarder(machine, base, ingress)
             environment = {
                 "CORE_PIPE_STORE": forwarder.store,
                 "CORE_PIPE_FORWARDER_CONNECT_SECONDS": CONNECT_SECONDS,
@@ -64,11 +74,51 @@ def forwarder_installed(**settings: str) -> Iterator[Forwarder]:
             with mock.patch.dict(os.environ, environment):
                 install.install(forwarder.paths, runtime=True)
             try:
-                yield forwarder
+                if ingress == SOCKET_INGRESS:
+                    with serving(forwarder, environment):
+                        yield forwarder
+                else:
+                    yield forwarder
             finally:
                 install.uninstall(forwarder.paths)
         finally:
             shutil.rmtree(base)
+
+
+SERVE = """\
+import sys
+from forwarder import ingress, install
+ingress.serve(install.Paths(prefix=sys.argv[1]), say=lambda line: print(line, flush=True))
+"""
+
+
+@contextlib.contextmanager
+def serving(forwarder: Forwarder, environment: dict[str, str]) -> Iterator[None]:
+    """Run the resident service of the kernel's socket, which is the way in then; it must leave cleanly."""
+    service = subprocess.Popen(
+        [os.path.join(BIN, "python"), "-c", SERVE, forwarder.base],
+        env={"PATH": os.environ["PATH"], "LANG": "C.UTF-8", **environment},
+        cwd=CHECKOUT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        # A Ctrl-C is for the tests, which then end what they started.
+        start_new_session=True,
+    )
+    forwarder.service = service
+    try:
+        assert service.stdout is not None
+        assert read_line(service.stdout.fileno(), 20, "the service takes over").startswith(b"kernel.core_pattern = @@")
+        yield
+        if service.poll() is None:
+            service.send_signal(signal.SIGTERM)
+            # Those that it began have deadlines of their own.
+            assert service.wait(60) == 0
+    finally:
+        if service.poll() is None:
+            service.kill()
+            service.wait()
+        assert service.stdout is not None
+        service.stdout.close()
 
 
 def prepare_units(*, accept: bool, settings: str = "") -> Callable[[str], None]:
