@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long test-defences measure lint clean
+.PHONY: help setup demo test test-long test-defences measure bench lint clean
 
 # The system's Python: the kernel starts the stub with it, and containers made from this machine have it at the same place.
 PYTHON ?= /usr/bin/python3
@@ -48,6 +48,11 @@ test-defences: setup ## take each defence out, and see its test fail (ten minute
 
 measure: setup ## what reduced cores take, and what debuggers still answer: the table of docs/store.md
 	@$(SUDO) $(VENV)/bin/python -m tests.measure_store
+
+bench: setup ## how long crashes take, beside the kernel's file and systemd-coredump: docs/performance.md (a quarter of an hour)
+	@$(VENV)/bin/python -c 'import matplotlib' 2>/dev/null \
+	    || $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --use-pep517 -e '.[bench]'
+	@$(SUDO) $(VENV)/bin/python -m tests.bench $(BENCH_ARGS)
 
 lint: setup ## ruff and mypy alone
 	@$(VENV)/bin/ruff check .

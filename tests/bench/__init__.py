@@ -1,0 +1,1 @@
+"""The benchmark: `make bench`. Ways to keep a core side by side, interleaved, into docs/performance.md."""

@@ -1,0 +1,187 @@
+"""One crash, many at once, and the memory that each part takes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tests.support import crashers, processes
+from tests.support.crash import start_crash
+
+if TYPE_CHECKING:
+    from tests.bench.ways import Field, Way
+
+MIB, GIB = 1 << 20, 1 << 30
+PATIENCE_SECONDS = 120.0
+# A crash that is not over so long after the last one was is lost.
+QUIET_SECONDS = 15.0
+
+SPAWN = """
+import os, sys, time
+begun = time.monotonic_ns()
+children = [os.spawnv(os.P_NOWAIT, sys.argv[2], [sys.argv[2], "SEGV"]) for _ in range(int(sys.argv[1]))]
+for child in children:
+    os.waitpid(child, 0)
+print(begun, time.monotonic_ns())
+"""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What crashes. program: None for tests/crashers/crash.c."""
+
+    key: str
+    title: str
+    arguments: tuple[str, ...]
+    program: str | None = None
+
+
+def kinds(*, quick: bool) -> list[Kind]:
+    size = 32 * MIB if quick else 256 * MIB
+    name = f"{size // MIB} MiB"
+    sparse = 256 * MIB if quick else 2 * GIB
+    return [
+        Kind("small", "1 MiB", ("SEGV", "--wait", "--fill", str(MIB), "random")),
+        Kind("random", f"{name} incompressible", ("SEGV", "--wait", "--fill", str(size), "random")),
+        Kind("mixed", f"{name}, 3/4 zero pages", ("--wait", str(size)), compile_mixed()),
+        Kind("zero", f"{name} zero", ("SEGV", "--wait", "--fill", str(size), "zero")),
+        Kind(
+            "sparse",
+            f"{sparse // GIB or sparse // MIB} {'GiB' if sparse >= GIB else 'MiB'}, a page in 512 touched",
+            ("SEGV", "--wait", "--sparse", str(sparse)),
+        ),
+    ]
+
+
+def compile_mixed() -> str:
+    """Compile mixed.c to where containers see it, and return its path."""
+    source = Path(__file__).with_name("mixed.c")
+    directory = Path(crashers.TOOLS, f"bench-{hashlib.sha256(source.read_bytes()).hexdigest()[:12]}")
+    program = directory / "mixed"
+    if not program.exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        subprocess.run(["gcc", "-O1", "-g", "-Wall", "-o", f"{program}.new", str(source)], check=True, timeout=60)
+        os.rename(f"{program}.new", program)
+    return str(program)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One crash. Milliseconds from just before the fault; complete_ms is None where nothing is kept."""
+
+    reap_ms: float
+    complete_ms: float | None
+    stored_bytes: int
+
+
+def once(way: Way, kind: Kind) -> Sample:
+    """Crash one process. Raises RuntimeError when its core is not there."""
+    way.empty()
+    way.arm()
+    with start_crash(way.container, *kind.arguments, crasher=kind.program) as crashing:
+        crashing.go()
+        end = crashing._process.reaped(PATIENCE_SECONDS)
+        complete = None
+        if way.keeps:
+            wait_briefly(way, f"{way.title}: {kind.title}")
+            complete = (time.monotonic_ns() - end["crash_ns"]) / 1e6
+    stored = way.stored()
+    if not os.WCOREDUMP(end["status"]) or (way.keeps and len(way.cores()) != 1):
+        raise RuntimeError(f"{way.title}, {kind.title}: no core was kept: {os.listdir(way.directory)}")
+    way.empty()
+    return Sample((end["reaped_ns"] - end["crash_ns"]) / 1e6, complete, stored)
+
+
+def wait_briefly(way: Way, what: str) -> None:
+    """wait_until() with a shorter step."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not way.complete():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{what}: nothing complete: {os.listdir(way.directory)}")
+        time.sleep(0.0005)
+
+
+@dataclass(frozen=True)
+class Storm:
+    """Many at once. reap_s: until the last process was reaped. complete_s: until the last core was there."""
+
+    count: int
+    kept: int
+    reap_s: float
+    complete_s: float
+
+
+def at_once(way: Way, count: int) -> Storm:
+    way.empty()
+    way.arm()
+    command = ["python3", "-IS", "-c", SPAWN, str(count), crashers.compile_crasher("crash")]
+    said = way.container.run(command, timeout=300, check=True).stdout
+    begun, reaped = (int(word) for word in said.split())
+    last, seen = time.monotonic_ns(), -1
+    while way.keeps and seen < count and time.monotonic_ns() - last < QUIET_SECONDS * 1e9:
+        if (now := way.complete()) != seen:
+            last, seen = time.monotonic_ns(), now
+        time.sleep(0.002)
+    found = Storm(count, len(way.cores()), (reaped - begun) / 1e9, (max(last, reaped) - begun) / 1e9)
+    way.empty()
+    return found
+
+
+def memory(field: Field, kind: Kind) -> dict[str, int]:
+    """Return the most bytes that each part of ours had resident, shared libraries included (VmHWM)."""
+    found: dict[str, int] = {}
+    for name, pid in field.residents.items():
+        found[f"{name}, idle"] = _status(pid, "VmRSS")
+    for ingress, forwarder in field.forwarders.items():
+        if forwarder.service is not None:
+            found["socket service, idle"] = _status(forwarder.service.pid, "VmRSS")
+        for suffix in ("", "-none"):
+            if (way := field.ways.get(ingress + suffix)) is not None:
+                _watch(way, kind, field, found)
+    return found
+
+
+def _watch(way: Way, kind: Kind, field: Field, found: dict[str, int]) -> None:
+    """Look again and again while a core is taken."""
+    suffix = "-none" if way.key.endswith("-none") else ""
+    ingress = way.key.removesuffix("-none")
+    service = field.forwarders[ingress].service
+    parents = {field.residents[f"resident{suffix}"]: f"worker{suffix}"}
+    if service is not None:
+        parents[service.pid] = "socket service's process"
+    launchers = [place.launcher.encode() for place in field.forwarders[ingress].paths.places]
+    way.empty()
+    way.arm()
+    with start_crash(way.container, *kind.arguments, crasher=kind.program) as crashing:
+        crashing.go()
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not way.complete() and time.monotonic() < deadline:
+            for parent, name in parents.items():
+                for child in processes.children(parent):
+                    found[name] = max(found.get(name, 0), _status(child, "VmHWM"))
+            for pid in processes.children(2):
+                if any(launcher in _command_line(pid) for launcher in launchers):
+                    found["stub"] = max(found.get("stub", 0), _status(pid, "VmHWM"))
+            time.sleep(0.005)
+    way.empty()
+
+
+def _status(pid: int, name: str) -> int:
+    try:
+        text = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    lines = [line for line in text.split("\n") if line.startswith(f"{name}:")]
+    return int(lines[0].split()[1]) * 1024 if lines else 0
+
+
+def _command_line(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
