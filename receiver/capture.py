@@ -233,7 +233,7 @@ class Capture:
         else:
             limit = None
         chosen = self._choose(parts, limit, head, head_bytes)
-        if (chosen is not parts or not self._fits(head.size)) and self._memory >= 0:
+        if (chosen is not parts or not self._entry.seems_to_fit(head.size)) and self._memory >= 0:
             marks = peek.look(self._memory, head, notes)
             if marks:
                 chosen = self._choose(plan.ranges(head, notes, marks), limit, head, head_bytes)
@@ -258,10 +258,6 @@ class Capture:
             # They are among the parts, and have been counted.
             budget += notes
         return plan.choose(parts, budget, up_to=self._wish.up_to, extra=_ROW)
-
-    def _fits(self, size: int) -> bool:
-        """Whether there seems to be room for so many bytes, compressed or not: a hint that saves a look."""
-        return self._entry.seems_to_fit(size)
 
     def _tell_witnessed(self) -> None:
         if self.witness is not None and not self._told:

@@ -121,6 +121,15 @@ class Memory:
         at = bisect_right(self._starts, address - 1)
         return self._indexes[at] if at < len(self._indexes) else None
 
+    def find_stack(self, pointer: int) -> int | None:
+        """Return the index of the segment that a stack pointer means: it is below it when the stack overflowed."""
+        index = self.find(pointer)
+        if index is None:
+            index = self.after(pointer)
+            if index is not None and self.segments[index].address - pointer > OVERFLOW:
+                return None
+        return index
+
     def between(self, start: int, end: int) -> Iterator[int]:
         """Yield the indexes of the segments that begin in [start, end)."""
         at = bisect_right(self._starts, start - 1)
@@ -131,11 +140,9 @@ class Memory:
 
 def stack_of(memory: Memory, pointer: int) -> tuple[int, int] | None:
     """Return (start, end) of the addresses of a stack from its pointer to its base, None when it is not in the core."""
-    index = memory.find(pointer)
+    index = memory.find_stack(pointer)
     if index is None:
-        index = memory.after(pointer)
-        if index is None or memory.segments[index].address - pointer > OVERFLOW:
-            return None
+        return None
     segment = memory.segments[index]
     start = max(segment.address, (pointer - RED_ZONE) // PAGE * PAGE)
     return start, min(segment.address + segment.file_size, start + DEEP_STACK)

@@ -10,7 +10,7 @@ from bisect import bisect_right
 
 from receiver import signature
 from receiver.elfcore import PF_X, PT_LOAD
-from receiver.plan import OVERFLOW, PAGE, Memory
+from receiver.plan import PAGE, Memory
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -50,11 +50,9 @@ class Witness:
         if not len(self.notes.threads):
             return None
         pointer = self.notes.threads[0].sp
-        index = memory.find(pointer)
+        index = memory.find_stack(pointer)
         if index is None:
-            index = memory.after(pointer)
-            if index is None or memory.segments[index].address - pointer > OVERFLOW:
-                return None
+            return None
         segment = memory.segments[index]
         self._stack_start = max(pointer, segment.address)
         start = self._stack_start - segment.address

@@ -369,7 +369,8 @@ def _capture(fd: int, config: Config, entry: Entry, offered: Offered) -> None:
         stall_seconds=config.stall_seconds,
         wish=_wish(config, offered),
         memory=offered.take_memory(),
-        cpu_stat=cpu_stat(),
+        # What is not compressed has nothing to turn off.
+        cpu_stat=None if config.compression == "none" else cpu_stat(),
         noted=may_be_known,
         witnessed=witnessed,
     )
