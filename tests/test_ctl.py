@@ -17,6 +17,7 @@ import pytest
 import zstandard
 
 from receiver import ctl, tables
+from receiver.ctl import output
 from receiver.frames import FRAME, PlainFile, ZstdFile
 from receiver.record import Core, Record
 from receiver.store import Store
@@ -110,7 +111,9 @@ def test_no_store_is_no_crash(store: Path, capsys: Captured) -> None:
         assert run(store, command, "x") == 1
         said = capsys.readouterr()
         assert said.out == ""
-        assert said.err.startswith(f"corepipectl: {store}: cannot be opened")
+        assert said.err.startswith("corepipectl: no crash matches 'x'.")
+    assert run(store, "prune", "--to", "0") == 1
+    assert capsys.readouterr().err.startswith(f"corepipectl: {store}: cannot be opened")
     assert not store.exists()
 
 
@@ -506,7 +509,7 @@ def test_a_reduced_core(store: Path, tmp_path: Path, capsys: Captured, compressi
     # A core that was reduced, and then went.
     record = new_record(pid=8)
     record.core.state = "reduced"
-    assert ctl._left_out(record) is None
+    assert output.left_out(record) is None
 
 
 def test_what_is_known_of_the_bug(store: Path, capsys: Captured) -> None:

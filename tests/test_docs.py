@@ -17,7 +17,7 @@ import pytest
 
 import forwarder.cli
 import receiver.cli
-import receiver.ctl
+import receiver.ctl.command
 from forwarder import install
 from receiver import config, protocol
 from tests.support.containers import PlainContainer
@@ -258,7 +258,7 @@ def help_of(program: str, arguments: list[str]) -> str | None:
     mains = {
         "core-pipe-forwarder": forwarder.cli.__file__,
         "core-pipe-receiver": receiver.cli.__file__,
-        "corepipectl": receiver.ctl.__file__,
+        "corepipectl": receiver.ctl.command.__file__,
     }
     assert program in mains
     done = subprocess.run(
