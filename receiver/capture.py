@@ -107,7 +107,7 @@ class Capture:
         noted: Callable[[Witness], bool] = lambda _witness: False,
         witnessed: Callable[[Witness], None] = lambda _witness: None,
     ) -> None:
-        self._stream = Stream(fd, stall_seconds)
+        self._stream = Stream(fd, stall_seconds, reserved=True)
         self._entry = entry
         self._compression = compression
         self._wish = wish or Wish()
@@ -168,6 +168,7 @@ class Capture:
             return self._finish(stopped)
         finally:
             self._press.close()
+            self._stream.close()
             self._close_memory()
 
     def _close_memory(self) -> None:

@@ -109,10 +109,25 @@ class Press:
             self._plain_left -= 1
         plain = plain or self._plain_left > 0
         self._pending.append(task)
-        if not plain and self._started():
-            self._queue.put(task)
+        if plain or not self._is_done_at_once(task):
+            if not plain and self._started():
+                self._queue.put(task)
+            else:
+                self._prepare(task, plain=plain)
+
+    def _is_done_at_once(self, task: Task) -> bool:
+        """Prepare what takes no time here. A thread that wakes up for it costs more: it takes the turn of others."""
+        try:
+            parts = self._target.at_once(task.buffer, task.size)
+        except BaseException as error:
+            # It is raised where the frame is taken.
+            task.error = error
         else:
-            self._prepare(task, plain=plain)
+            if parts is None:
+                return False
+            task.parts = parts
+        task.pressed.release()
+        return True
 
     def _started(self) -> bool:
         """Whether threads do it. Starts them for the third frame, as many as can be had."""
