@@ -214,6 +214,8 @@ class Retention:
         self._settle_until = 0.0
         # Of visible cores, by name.
         self._sizes: dict[str, int] = {}
+        # What make_room() has counted, while the lock is held: each question would count again. None with each lock.
+        self.counted: Survey | None = None
         # Bytes of cores that were removed and did not become free, and of those that did.
         self._vain = self._seen = 0
 
@@ -235,7 +237,7 @@ class Retention:
         self._settle_until = 0.0
         freed = 0
         headroom: int | None = None
-        survey = self.survey()
+        survey = self.counted = self.counted or self.survey()
         evicted = 0
         while True:
             try:
@@ -245,7 +247,7 @@ class Retention:
                 if recovered or not evict or not self._store.recover_stale(survey.writing.keys() - {owner}):
                     raise
                 recovered = True
-                survey = self.survey()
+                survey = self.counted = self.survey()
                 continue
             if need is None:
                 return True
@@ -441,8 +443,11 @@ class Retention:
 
     # What goes by itself.
 
-    def tidy(self, now: float | None = None) -> None:
-        """Remove what has become too old, and what is more than a limit allows that was lowered."""
+    def tidy(self, now: float | None = None, *, cores: int) -> None:
+        """Remove what has become too old, and what is more than a limit allows that was lowered.
+
+        cores: how many there may be: to count them anew is to ask for the size of each.
+        """
         survey = None
         if self.limits.age_max is not None:
             survey = self.survey()
@@ -450,7 +455,7 @@ class Retention:
             for core in [core for core in survey.cores if core.owner < oldest][:AT_ONCE]:
                 self.evict(core, "it was older than it may become (age_max)")
                 survey.cores.remove(core)
-        if self.limits.cores_max is not None:
+        if self.limits.cores_max is not None and cores > self.limits.cores_max:
             survey = survey or self.survey()
             for _ in range(min(len(survey.cores) - self.limits.cores_max, AT_ONCE)):
                 core = self.next_to_go(survey, by_number=True)

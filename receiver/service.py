@@ -2,13 +2,19 @@
 
 A worker of its own for each crash, forked from a process that has imported everything: one crash cannot harm another's
 core, and every processor is used. The listening process touches no byte that a crashed process has chosen.
+
+While nothing waits, a spare worker stands ready: forked already, warm again after that (who writes to a page first
+after fork(2) copies it), and waiting for the next connection itself. It is a convenience only: where there is none,
+because others come faster or no process can be had, the connection is taken here and forked for.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import select
 import signal
+import socket
 import time
 from typing import TYPE_CHECKING
 
@@ -16,12 +22,12 @@ from receiver import privileges
 from receiver.activation import tell_systemd
 from receiver.log import log
 from receiver.protocol import Channel
-from receiver.rehearsal import rehearse
+from receiver.rehearsal import rehearse, touch
 from receiver.store import StoreError
 from receiver.worker import open_store, serve
 
 if TYPE_CHECKING:
-    import socket
+    from collections.abc import Callable
 
     from receiver.config import Config
 
@@ -29,6 +35,10 @@ if TYPE_CHECKING:
 EXIT_FAILURE = 1
 # When accept(2) fails for want of descriptors or memory, the connection stays in the queue: look again a little later.
 SHORTAGE_SECONDS = 0.2
+# The next spare is not made while a crash that has just come wants the processors: when nobody works, or so much later.
+SPARE_SECONDS = 0.1
+# A spare cannot be had, or was killed: nothing is lost, so there is no hurry to try again.
+SPARE_SHORTAGE_SECONDS = 5.0
 # poll(2) takes an int of milliseconds: 24 days, and idle_seconds may be a year.
 MAX_WAIT = (1 << 31) - 1
 
@@ -40,7 +50,15 @@ class Service:
         self.listener = listener
         self.config = config
         self.idle_seconds = config.idle_seconds if may_leave else 0.0
+        # Those that have a connection.
         self.workers: set[int] = set()
+        # The one that waits for a connection, 0 without; and our end of what ties it to us: its end closes when it has
+        # one, and ours when it is to leave, or when we are killed.
+        self.spare = 0
+        self._tie: socket.socket | None = None
+        # When the next one is made at the soonest: while others work, and at all.
+        self._next_spare = self._no_spare_until = 0.0
+        self._idle_since = 0.0
         self.stopping = False
         self._is_warm = False
         # The signal handler's way into poll(2).
@@ -67,35 +85,49 @@ class Service:
         self.stopping = True
 
     def _loop(self) -> None:
-        idle_since = time.monotonic()
+        self._idle_since = time.monotonic()
         while True:
             self._reap()
             if self.stopping:
                 # Whoever comes now goes elsewhere at once. A socket of systemd's keeps him for the next start.
                 self.listener.close()
+                self._untie()
                 if not self.workers:
                     return
+            if self.workers:
+                self._idle_since = time.monotonic()
             poll = select.poll()
             poll.register(self._awake, select.POLLIN)
-            accepting = not self.stopping and len(self.workers) < self.config.workers
+            accepting = not self.stopping and self._tie is None and len(self.workers) < self.config.workers
             if accepting:
                 poll.register(self.listener, select.POLLIN)
-            if self.workers:
-                idle_since = time.monotonic()
-            wait = None
-            if self.idle_seconds and not self.workers:
-                wait = min(max(0.0, idle_since + self.idle_seconds - time.monotonic()) * 1000, MAX_WAIT)
+            elif self._tie is not None:
+                poll.register(self._tie, select.POLLIN)
             if not self._is_warm and not poll.poll(0):
                 self._warm_up()
-            events = dict(poll.poll(wait))
+            if accepting and self._seconds_to_spare() <= 0 and not poll.poll(0):
+                self._post_spare()
+                continue
+            waits = [self._seconds_to_spare()] if accepting else []
+            if self.idle_seconds and not self.workers and not self.stopping:
+                waits.append(self._idle_since + self.idle_seconds - time.monotonic())
+            events = dict(poll.poll(min(max(0.0, min(waits)) * 1000, MAX_WAIT) if waits else None))
             if self._awake in events:
                 self._drain()
-            if accepting and not self.stopping and self.listener.fileno() in events:
-                idle_since = time.monotonic()
+            if self.stopping:
+                continue
+            if self._tie is not None and self._tie.fileno() in events:
+                self._untie()
+            elif accepting and self.listener.fileno() in events:
                 self._accept()
-            elif wait is not None and not events and wait < MAX_WAIT:
+            elif not events and self._is_idle():
                 log(f"idle for {self.idle_seconds:g} s: leaving until the next crash")
-                return
+                # The spare may just have got a connection: then that is waited for.
+                self.stopping = True
+
+    def _is_idle(self) -> bool:
+        since = time.monotonic() - self._idle_since
+        return 0 < self.idle_seconds <= since and not self.workers
 
     def _warm_up(self) -> None:
         """Do once, while nothing waits, what each worker would have to do while a process waits for it."""
@@ -105,6 +137,63 @@ class Service:
         except (OSError, MemoryError) as error:
             # No memory: then it goes on cold.
             log(f"the rehearsal was not finished: {error}", error=True)
+        # A collection in a worker would write to all that it shares with us.
+        gc.freeze()
+
+    def _seconds_to_spare(self) -> float:
+        """Return how long it is until a spare may be made, if nothing happens meanwhile."""
+        since = max(self._next_spare, self._no_spare_until) if self.workers else self._no_spare_until
+        return since - time.monotonic()
+
+    def _post_spare(self) -> None:
+        """Have a worker stand ready, if one can be had."""
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError:
+            self._no_spare_until = time.monotonic() + SPARE_SHORTAGE_SECONDS
+            return
+        try:
+            pid = os.fork()
+        except OSError:
+            ours.close()
+            theirs.close()
+            self._no_spare_until = time.monotonic() + SPARE_SHORTAGE_SECONDS
+            return
+        if pid == 0:
+            ours.close()
+            self._work(lambda: self._stand_ready(theirs))
+        theirs.close()
+        self.spare, self._tie = pid, ours
+
+    def _untie(self) -> None:
+        """Count the spare among those that are waited for: it has a connection, or is to leave, or died."""
+        if self._tie is not None:
+            self._tie.close()
+            self._tie = None
+        if self.spare:
+            self.workers.add(self.spare)
+            self.spare = 0
+            self._begun()
+
+    def _begun(self) -> None:
+        self._idle_since = time.monotonic()
+        self._next_spare = self._idle_since + SPARE_SECONDS
+
+    def _stand_ready(self, tie: socket.socket) -> socket.socket | None:
+        """Be the spare: wait for a connection and return it, None when it is time to leave."""
+        with tie:
+            poll = select.poll()
+            poll.register(self.listener, select.POLLIN)
+            poll.register(tie, select.POLLIN)
+            if not poll.poll(0):
+                touch(self.config)
+            while True:
+                # First whether to leave: then who waits is another's, or goes elsewhere.
+                if tie.fileno() in dict(poll.poll()):
+                    return None
+                connection = self._take()
+                if connection is not None:
+                    return connection
 
     def _drain(self) -> None:
         try:
@@ -113,15 +202,22 @@ class Service:
         except BlockingIOError:
             pass
 
-    def _accept(self) -> None:
+    def _take(self) -> socket.socket | None:
+        """Accept a connection, None when there is none after all."""
         try:
-            connection, _ = self.listener.accept()
+            return self.listener.accept()[0]
         except (BlockingIOError, ConnectionAbortedError):
-            return
+            return None
         except OSError as error:
             log(f"a connection cannot be accepted now: {error.strerror}", error=True)
             time.sleep(SHORTAGE_SECONDS)
+            return None
+
+    def _accept(self) -> None:
+        connection = self._take()
+        if connection is None:
             return
+        self._begun()
         try:
             pid = os.fork()
         except OSError as error:
@@ -131,12 +227,12 @@ class Service:
             time.sleep(SHORTAGE_SECONDS)
             return
         if pid == 0:
-            self._work(connection)
+            self._work(lambda: connection)
         connection.close()
         self.workers.add(pid)
 
-    def _work(self, connection: socket.socket) -> None:
-        """Be a worker: serve one connection, and never return."""
+    def _work(self, take: Callable[[], socket.socket | None]) -> None:
+        """Be a worker: serve the connection that `take` returns, if any, and never return."""
         status = EXIT_FAILURE
         try:
             # What it began it finishes: SIGTERM goes to the whole service.
@@ -144,12 +240,14 @@ class Service:
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, signal.SIG_IGN)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            self.listener.close()
             os.close(self._awake)
             os.close(self._waker)
-            connection.setblocking(True)
-            with connection:
-                serve(Channel(connection), self.config, confine=privileges.drop)
+            connection = take()
+            self.listener.close()
+            if connection is not None:
+                with connection:
+                    connection.setblocking(True)
+                    serve(Channel(connection), self.config, confine=privileges.drop)
             status = 0
         except BaseException as error:
             log(f"a worker failed: {type(error).__name__}: {error}", error=True)
@@ -159,13 +257,18 @@ class Service:
 
     def _reap(self) -> None:
         failed = False
-        for pid in tuple(self.workers):
+        for pid in (*self.workers, *([self.spare] if self.spare else [])):
             found, status = os.waitpid(pid, os.WNOHANG)
-            if found:
-                self.workers.discard(pid)
-                if status:
-                    log(f"worker {pid} ended with {_ending(status)}", error=True)
-                    failed = True
+            if not found:
+                continue
+            if pid == self.spare:
+                self._untie()
+            self.workers.discard(pid)
+            if status:
+                log(f"worker {pid} ended with {_ending(status)}", error=True)
+                # Should it have been a spare: what ends one may end the next.
+                self._no_spare_until = time.monotonic() + SPARE_SHORTAGE_SECONDS
+                failed = True
         if failed:
             recover(self.config)
 

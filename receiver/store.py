@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 __all__ = ["CORE_SUFFIXES", "RECORDS", "Entry", "Limits", "NoRoom", "Report", "Store", "StoreError", "no_limit"]
 
 DEFAULT = "/var/lib/core_pipe"
+_SUFFIXES = tuple(CORE_SUFFIXES.values())
 T = TypeVar("T")
 
 INTERRUPTED = "interrupted: the receiver ended before the core was complete"
@@ -156,6 +157,7 @@ class Store:
                             f"{self.path}/.lock has been held for {seconds:g} s. Find its holder with 'lslocks'"
                         ) from None
                     time.sleep(LOCK_POLL_SECONDS)
+            self._retention.counted = None
             yield
         finally:
             os.close(fd)
@@ -306,9 +308,10 @@ class Store:
 
     def _make_way(self, *, files: int) -> None:
         """Before one more crash: let go of what is too much. Call it with the lock held."""
-        self._forget_oldest()
+        names = self.names()
+        self._forget_oldest(names)
         try:
-            self._retention.tidy()
+            self._retention.tidy(cores=sum(name.endswith(_SUFFIXES) for name in names))
             self._retention.spare_inodes(files)
         except OSError:
             # What cannot be removed now stays, and the limits hold at the first byte of a core.
@@ -335,14 +338,17 @@ class Store:
         self._sync(f"{record.id}.json")
         self.sync()
 
-    def _forget_oldest(self) -> None:
-        """Make room for one more record: the oldest go, first those that have no core. Call it with the lock held."""
-        names = [name for name in self.names() if not name.startswith(".")]
+    def _forget_oldest(self, names: Iterable[str]) -> None:
+        """Make room for one more record: the oldest go, first those that have no core. Call it with the lock held.
+
+        names: all that there are.
+        """
+        names = [name for name in names if not name.startswith(".")]
         records = [name for name in names if name.endswith(".json")]
         excess = len(records) + 1 - self.limits.records_max
         if excess <= 0:
             return
-        cores = {name.split(".")[0]: name for name in names if name.endswith(tuple(CORE_SUFFIXES.values()))}
+        cores = {name.split(".")[0]: name for name in names if name.endswith(_SUFFIXES)}
         for name in sorted(records, key=lambda name: (name.split(".")[0] in cores, name))[:excess]:
             core = cores.get(name.split(".")[0])
             if core is not None:
@@ -351,6 +357,13 @@ class Store:
 
     def names(self) -> list[str]:
         return names_in(self.directory)
+
+    def _has(self, name: str) -> bool:
+        try:
+            os.stat(name, dir_fd=self.directory, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return True
 
     def used(self) -> int:
         """Return the bytes that cores take, on disk or promised to their workers."""
@@ -610,14 +623,13 @@ class Store:
         Returns False when it had no record yet: its worker was killed before it could accept the crash. Raises OSError.
         What is shown is on the disk already (`_sync_sealed`); that it is shown, `sync` sees to.
         """
-        names = set(self.names())
         recorded = True
         final = self._read_final(owner)
         if final is not None:
-            if f".{owner}.core" in names and final.core.path is not None:
+            if self._has(f".{owner}.core") and final.core.path is not None:
                 self._publish(f".{owner}.core", owner + CORE_SUFFIXES[final.core.compression or "none"])
             os.rename(f".{owner}.final", f"{owner}.json", src_dir_fd=self.directory, dst_dir_fd=self.directory)
-        elif f"{owner}.json" not in names:
+        elif not self._has(f"{owner}.json"):
             try:
                 self._read(f".{owner}.json")
             except ValueError:

@@ -74,7 +74,19 @@ class Running:
         return FakeForwarder(self.socket_path, seconds=seconds)
 
     def workers(self) -> list[int]:
-        return processes.children(self.pid)
+        """Those that have a connection."""
+        return processes.serving(self.pid)
+
+    def spare(self) -> int:
+        """Wait for the worker that stands ready, and return its pid."""
+
+        def waits() -> int | None:
+            found = [pid for pid in processes.children(self.pid) if processes.listens(pid)]
+            assert len(found) <= 1
+            return found[0] if found else None
+
+        found: int = wait_until(waits, 20, "a worker stands ready")
+        return found
 
     def records(self) -> list[dict[str, Any]]:
         """Oldest first; none that is still being written."""
@@ -101,6 +113,11 @@ class Running:
             with contextlib.suppress(FileNotFoundError):
                 found.append(os.readlink(f"{directory}/{number}"))
         return sorted(found)
+
+    def count_descriptors(self) -> int:
+        """How many it has when nothing happens: one of them is to the spare worker, and not always the same."""
+        self.spare()
+        return len(self.descriptors())
 
 
 # systemd's part (sd_listen_fds(3)): a descriptor as number 3, and two variables of which one is our own pid.
@@ -366,6 +383,123 @@ def test_no_more_workers_than_allowed(container: PlainContainer) -> None:
         assert found.stop() == 0
 
 
+# The worker that stands ready.
+
+
+def test_the_spare_worker_takes_the_next_connection(container: PlainContainer, tmp_path: Path) -> None:
+    with running(container) as found:
+        for n in range(3):
+            spare = found.spare()
+            assert found.workers() == []
+            with found.connect() as forwarder:
+                forwarder.offered()
+                assert found.workers() == [spare]
+                assert forwarder.send_core(CORE)["state"] == b"stored"
+            found.wait_for_records(n + 1)
+            whole(found, tmp_path)
+        spare = found.spare()
+        assert found.stop() == 0
+        assert not os.path.exists(f"/proc/{spare}")
+
+
+def test_who_says_nothing_takes_no_place_of_the_next(container: PlainContainer) -> None:
+    with running(container, offer_seconds="20") as found:
+        spare = found.spare()
+        with found.connect(), found.connect() as forwarder:
+            assert forwarder.offered().send_core(CORE)["state"] == b"stored"
+            assert spare in found.workers()
+            # And there is another one, though the silent one is still there.
+            assert found.spare() != spare
+            assert spare in found.workers()
+        assert found.stop() == 0
+
+
+def test_there_is_no_spare_worker_beyond_those_that_are_allowed(container: PlainContainer) -> None:
+    with running(container, workers="1") as found, contextlib.ExitStack() as stack:
+        spare = found.spare()
+        forwarder = stack.enter_context(found.connect())
+        forwarder.offered()
+        waiting = stack.enter_context(found.connect())
+        waiting.offer()
+        assert processes.children(found.pid) == [spare]
+        assert not waiting.has_answer()
+        assert forwarder.send_core(CORE)["state"] == b"stored"
+        assert waiting.answer().kind == protocol.ACCEPT
+        assert waiting.send_core(CORE)["state"] == b"stored"
+        found.spare()
+        assert found.stop() == 0
+
+
+def test_a_spare_worker_that_is_killed_costs_no_core(container: PlainContainer) -> None:
+    with running(container) as found:
+        os.kill(found.spare(), signal.SIGKILL)
+        wait_until(lambda: "ended with signal 9" in found.said(), 20, "its end is said")
+        # No other one at once: what ended this one would end the next.
+        assert processes.children(found.pid) == []
+        with found.connect() as forwarder:
+            assert forwarder.offered().send_core(CORE)["state"] == b"stored"
+        assert [record["core"]["state"] for record in found.wait_for_records(1)] == ["stored"]
+        assert found.stop() == 0
+
+
+def test_a_spare_worker_leaves_with_a_service_that_is_killed(container: PlainContainer) -> None:
+    with running(container) as found:
+        spare = found.spare()
+        os.kill(spare, signal.SIGTERM)
+        # That is for the service to say.
+        assert found.spare() == spare
+        os.kill(found.pid, signal.SIGKILL)
+        wait_until(lambda: processes.start_time(spare) is None, 20, "it leaves")
+        assert refuses(found)
+
+
+def test_a_spare_worker_with_a_connection_of_which_the_service_does_not_know(
+    container: PlainContainer, tmp_path: Path
+) -> None:
+    """It is told to stop in the very moment: what was begun is finished, and waited for."""
+    with running(container) as found:
+        spare = found.spare()
+        os.kill(found.pid, signal.SIGSTOP)
+        with found.connect() as forwarder:
+            write = forwarder.offered().pass_pipe()
+            assert found.workers() == [spare]
+            os.kill(found.pid, signal.SIGTERM)
+            os.kill(found.pid, signal.SIGCONT)
+            wait_until(lambda: refuses(found), 20, "nobody is let in any more")
+            feed(write, CORE)
+            assert found.process.poll() is None
+            os.close(write)
+            assert forwarder.done()["state"] == b"stored"
+        assert found.process.wait(20) == 0
+        whole(found, tmp_path)
+
+
+NO_PROCESS = """
+import errno, os, sys
+def fork(): raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+os.fork = fork
+from receiver.cli import main
+main(sys.argv[1:])
+"""
+
+
+def test_no_process_can_be_had(container: PlainContainer) -> None:
+    """Said when it matters, and the forwarder hears of it at once."""
+    path = "/run/lonely.socket"
+    with tempfile.TemporaryFile() as said:
+        process = container.popen([f"{BIN}/python", "-c", NO_PROCESS, "--listen", path], stderr=said)
+        try:
+            wait_until(lambda: os.path.exists(f"{container.root}{path}"), 20, "the receiver listens")
+            with FakeForwarder(f"{container.root}{path}") as forwarder:
+                assert forwarder.is_gone()
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 0
+            text = os.pread(said.fileno(), 1 << 20, 0).decode()
+            assert text.count("no worker can be started: Resource temporarily unavailable") == 1
+        finally:
+            process.end()
+
+
 def test_a_standard_error_that_nobody_reads_costs_no_core(container: PlainContainer) -> None:
     """A log collector that has stopped must not stop the workers, and with them every crash."""
     path, store = "/run/mute.socket", "/var/lib/mute"
@@ -383,7 +517,7 @@ def test_a_standard_error_that_nobody_reads_costs_no_core(container: PlainContai
             with FakeForwarder(socket_path) as forwarder:
                 assert forwarder.offered().send_core(CORE)["state"] == b"stored"
             wait_for_records(container, n + 1, store, timeout=20)
-        wait_until(lambda: not processes.children(process.host_pid), 20, "the workers have ended")
+        wait_until(lambda: not processes.serving(process.host_pid), 20, "the workers have ended")
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
     finally:
@@ -725,14 +859,14 @@ def target(container: PlainContainer) -> Iterator[Running]:
 def unharmed(found: Running, more: int) -> Iterator[None]:
     """Whatever happens in the block leaves `more` records, no process, no descriptor; and the next core is stored."""
     wait_until(lambda: not found.workers(), 20, "no worker is left from before")
-    before, descriptors, mark = len(found.records()), found.descriptors(), len(found.said())
+    before, descriptors, mark = len(found.records()), found.count_descriptors(), len(found.said())
     yield
     found.wait_for_records(before + more)
     with found.connect() as forwarder:
         assert forwarder.offered().send_core(CORE)["state"] == b"stored"
     found.wait_for_records(before + more + 1)
     wait_until(lambda: not found.workers(), 20, "no worker is left")
-    assert found.descriptors() == descriptors
+    assert found.count_descriptors() == descriptors
     said = found.said()[mark:]
     assert "Traceback" not in said
     assert "worker" not in said, said
@@ -1003,7 +1137,7 @@ def test_the_receiver_causes_no_loop_of_crashes(
             wait_until(lambda: os.path.exists(socket_path), 20, "the receiver listens")
             with FakeForwarder(socket_path) as fake:
                 fake.offered()
-                (worker_pid,) = processes.children(process.host_pid)
+                (worker_pid,) = processes.serving(process.host_pid)
                 pid = process.host_pid if victim == "service" else worker_pid
                 if not limited:
                     resource.prlimit(pid, resource.RLIMIT_CORE, UNLIMITED)
@@ -1040,7 +1174,7 @@ def test_a_worker_that_is_killed_during_a_real_dump() -> None:
             crashing.go()
             store = Path(f"{container.root}/var/lib/core_pipe")
             wait_until(lambda: list(store.glob(".*.room")), 20, "a core that is being written")
-            (worker_pid,) = processes.children(receiver.process.host_pid)
+            (worker_pid,) = processes.serving(receiver.process.host_pid)
             os.kill(worker_pid, signal.SIGKILL)
             # The process is let go at once. (Its "core dumped" says only that the kernel had begun.)
             crashing.result(20)

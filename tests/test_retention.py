@@ -11,7 +11,7 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -228,6 +228,34 @@ def test_as_many_cores_as_may_be(tmp_path: Path) -> None:
     for other in writing:
         end(other)
     assert len(list(store.records())) == 14
+    store.close()
+
+
+def test_what_is_there_is_counted_once_for_a_core(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many crashes at once wait for the lock meanwhile: counting asks for the size of each core that is there."""
+    store = Store(str(tmp_path / "store"), limits=Limits(cores_max=3))
+    records = [keep(store, 4 * KIB, new_record(1, n)) for n in range(2)]
+    counted = []
+    real = retention.Survey
+
+    def survey(*arguments: Any) -> retention.Survey:
+        counted.append(1)
+        return real(*arguments)
+
+    monkeypatch.setattr(retention, "Survey", survey)
+    # Once there is room for it, once one has to go for it.
+    for n in range(2, 4):
+        entry = store.begin(new_record(1, n))
+        assert len(counted) == n - 2
+        entry.open_core()
+        entry.grow(4 * KIB)
+        assert len(counted) == n - 1
+        entry.record.core = Core(state="stored", size_bytes=4 * KIB, compression="none")
+        entry.finish()
+        entry.close()
+        assert len(counted) == n - 1
+        records.append(entry.record)
+    assert kept(store, *records) == [False, True, True, True]
     store.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 
@@ -21,6 +22,30 @@ def children(pid: int) -> list[int]:
             return [int(child) for child in file.read().split()]
     except (FileNotFoundError, ProcessLookupError):
         return []
+
+
+def listens(pid: int) -> bool:
+    """Whether a process holds a listening unix socket."""
+    listening = set()
+    try:
+        with open(f"/proc/{pid}/net/unix", encoding="ascii", errors="replace") as file:
+            for line in list(file)[1:]:
+                # Num RefCount Protocol Flags Type St Inode Path. <linux/net.h>: __SO_ACCEPTCON
+                words = line.split()
+                if int(words[3], 16) & 1 << 16:
+                    listening.add(f"socket:[{words[6]}]")
+        for name in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(FileNotFoundError):
+                if os.readlink(f"/proc/{pid}/fd/{name}") in listening:
+                    return True
+    except (FileNotFoundError, ProcessLookupError):
+        pass
+    return False
+
+
+def serving(receiver: int) -> list[int]:
+    """The workers of a receiver that have a connection: not the spare one, which listens."""
+    return [pid for pid in children(receiver) if not listens(pid)]
 
 
 def namespace(pid: int | str, name: str) -> str | None:
