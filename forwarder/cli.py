@@ -7,7 +7,7 @@ import contextlib
 import os
 import sys
 
-from forwarder import __version__, ingress, install, ledger_command
+from forwarder import __version__, ingress, install, ledger_command, ledger_unit
 from forwarder.staging import InstallError
 from forwarder.status import status
 from receiver.activation import ActivationError
@@ -112,6 +112,7 @@ def _seconds(text: str) -> float:
 
 def _install(way: str, *, runtime: bool) -> int:
     _say(install.install(install.HOST, runtime=runtime))
+    _say(ledger_unit.set_up(install.HOST, runtime=runtime))
     _say(ingress.set_up(install.HOST, way, runtime=runtime))
     # What the installation cannot mend by itself is best heard now.
     for problem in status(install.HOST).problems:
@@ -120,7 +121,9 @@ def _install(way: str, *, runtime: bool) -> int:
 
 
 def _uninstall() -> int:
-    return _say([*ingress.take_down(install.HOST), *install.uninstall(install.HOST)] or ["nothing is installed"])
+    done = [*ingress.take_down(install.HOST), *install.uninstall(install.HOST)]
+    # Last: it sees the others go.
+    return _say([*done, *ledger_unit.take_down(install.HOST)] or ["nothing is installed"])
 
 
 def _say_now(line: str) -> None:
@@ -154,6 +157,7 @@ def _status(*, json: bool) -> int:
             ("suid_dumpable", str(found.suid_dumpable)),
             ("kernel has", ", ".join(features) or "nothing that could be told without a crash"),
             ("host's receiver", "there" if found.host_receiver else "not there"),
+            ("ledger", ledger_command.in_short(found.ledger)),
         ]
         for name, value in rows:
             print(f"{name:>15}: {value}")

@@ -1,4 +1,4 @@
-"""What became of a crash, noted by whoever handled it: a line or two for the ledger, see `forwarder/ledger.py`.
+"""What became of a crash, noted by whoever handled it: a line or two for the ledger, see `forwarder/ledger/`.
 
 One line when a receiver is asked: from then on it may leave a record of its own, though it never gets the core. One
 when it has accepted: it answers for a record, whatever becomes of the one who asked it. And one at the very end. What
@@ -12,10 +12,11 @@ Import budget: on the stub's start-up path, see `forwarder/stub.py`.
 
 from __future__ import annotations
 
-import os
+import posix
 import time
 
 from forwarder.handoff import Handoff
+from forwarder.namespaces import status_value
 from receiver.protocol import printable
 
 TYPE_CHECKING = False
@@ -42,19 +43,30 @@ ON_THE_WAY = (ASKED, ACCEPTED)
 class NotedHandoff(Handoff):
     """A hand-over that notes when a receiver is asked, and when it has accepted: before the core is passed."""
 
+    def _before_offer(self, channel: Channel) -> None:
+        on_the_way(self.crash, ASKED, channel)
+
     def _offer(self, channel: Channel, deadline: float, facts: dict[str, bytes]) -> bool:
-        on_the_way(self.crash, ASKED)
         wants_core = super()._offer(channel, deadline, facts)
-        on_the_way(self.crash, ACCEPTED)
+        on_the_way(self.crash, ACCEPTED, channel)
         return wants_core
 
 
-def on_the_way(crash: Crash, state: str, path: str = NOTES) -> None:
-    """Note how far a crash has come. Never raises and never waits."""
+def on_the_way(crash: Crash, state: str, channel: Channel, path: str = NOTES) -> None:
+    """Note how far a crash has come, and with whom. Never raises and never waits."""
     try:
-        _write(path, _line(crash, state, "", ""))
+        # Whose root has the store, and which pids its record may be under: `forwarder/ledger/stores.py` looks there
+        # when nobody lived to note the end.
+        _write(path, _line(crash, state, str(channel.peer().pid), _pids(crash) if state == ASKED else ""))
     except (OSError, ValueError):
         pass
+
+
+def _pids(crash: Crash) -> str:
+    try:
+        return b" ".join(status_value(crash.read("status", 1 << 20), b"NStgid") or []).decode("ascii")
+    except OSError:
+        return ""
 
 
 def note(settings: Mapping[str, object], crash: Crash | None, reason: str | None, path: str = NOTES) -> None:
@@ -76,7 +88,11 @@ def note(settings: Mapping[str, object], crash: Crash | None, reason: str | None
 
 
 def _line(crash: Crash, state: str, record: str, reason: str) -> bytes:
-    """Return `TIME PID INODE STATE KEY ID REASON`: CLOCK_MONOTONIC in ns, and "-" for what is not known."""
+    """Return `TIME PID INODE STATE KEY ID REASON`: CLOCK_MONOTONIC in ns, and "-" for what is not known.
+
+    ID: the record's; on the way, the pid of the receiver's listener. REASON: why there is no core on its way; of one
+    that was asked, the numbers of the process, from the host's to its own.
+    """
     words = (
         str(time.monotonic_ns()),
         str(crash.pid),
@@ -97,12 +113,12 @@ def inode_of(pidfd: int) -> int:
     """
     if pidfd < 0:
         return 0
-    found = os.fstat(pidfd).st_ino
-    own = os.pidfd_open(os.getpid())
+    found = posix.fstat(pidfd).st_ino
+    own = posix.pidfd_open(posix.getpid())
     try:
-        return found if os.fstat(own).st_ino != found else 0
+        return found if posix.fstat(own).st_ino != found else 0
     finally:
-        os.close(own)
+        posix.close(own)
 
 
 def _record_of(settings: Mapping[str, object], crash: Crash) -> str:
@@ -114,12 +130,12 @@ def _record_of(settings: Mapping[str, object], crash: Crash) -> str:
     # What time.strftime gives for the kernel's own moment; the record was made after it (receiver/record.py: new_id).
     earliest = time.strftime("%Y%m%dT%H%M%S", time.gmtime(crash.time))
     try:
-        names = os.listdir(store if isinstance(store, bytes | str) else "/var/lib/core_pipe")
+        names = posix.listdir(store if isinstance(store, bytes | str) else "/var/lib/core_pipe")
     except OSError:
         return ""
     found = ""
     for listed in names:
-        name = os.fsdecode(listed)
+        name = listed if isinstance(listed, str) else listed.decode("utf-8", "surrogateescape")
         words = name.split("-")
         if name.endswith(".json") and len(words) == 4 and words[2] == str(crash.pid) and words[0] >= earliest:
             found = max(found, name.removesuffix(".json"))
@@ -127,14 +143,17 @@ def _record_of(settings: Mapping[str, object], crash: Crash) -> str:
 
 
 def _write(path: str, line: bytes) -> None:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+    flags = posix.O_WRONLY | posix.O_CREAT | posix.O_APPEND | posix.O_CLOEXEC | posix.O_NOFOLLOW
     try:
-        fd = os.open(path, flags, 0o600)
+        fd = posix.open(path, flags, 0o600)
     except FileNotFoundError:
-        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-        fd = os.open(path, flags, 0o600)
+        # The first crash since the boot.
+        from os import makedirs  # noqa: PLC0415 - rare
+
+        makedirs(path.rpartition("/")[0], mode=0o700, exist_ok=True)
+        fd = posix.open(path, flags, 0o600)
     try:
-        if os.fstat(fd).st_size < MAX_NOTES:
-            os.write(fd, line)
+        if posix.fstat(fd).st_size < MAX_NOTES:
+            posix.write(fd, line)
     finally:
-        os.close(fd)
+        posix.close(fd)

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterator
 
-    from forwarder.ledger import Crash, Ledger
+    from forwarder.ledger import Ledger, Summary
+    from forwarder.ledger.book import Crash
 
 OK, FAILED, NOT_WATCHING = 0, 1, 3
 # <sysexits.h>, which systemd shows as UNAVAILABLE (systemd.exec(5)): to try again would not help.
@@ -78,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         if options.watch:
             return watch()
-        found = ledger(since=options.since)
+        found = ledger(store=host_store(), since=options.since)
     except LedgerError as error:
         sys.stderr.write(f"core-pipe-forwarder: {error.fact}\n  {error.mend}\n")
         return FAILED if os.geteuid() != 0 or options.watch else NOT_WATCHING
@@ -89,13 +90,26 @@ def run(options: argparse.Namespace) -> int:
     return OK if found.watched else NOT_WATCHING
 
 
+def host_store() -> str:
+    """Return where records go of crashes that no receiver took."""
+    from forwarder.install import STORE, stub_settings  # noqa: PLC0415
+    from forwarder.staging import InstallError  # noqa: PLC0415
+
+    try:
+        found = stub_settings()["store"]
+    except (InstallError, OSError):
+        # `status` says what is wrong with the settings, and not only root may ask.
+        return STORE
+    return os.fsdecode(found) if isinstance(found, bytes) else STORE
+
+
 def watch() -> int:
     """Be the watcher until SIGTERM or SIGINT; return the exit status. Raises LedgerError, OSError."""
-    from forwarder.install import refuse_elsewhere  # noqa: PLC0415
-    from forwarder.ledger import Book, Notes, Watcher  # noqa: PLC0415
+    from forwarder.ledger.book import Book  # noqa: PLC0415
+    from forwarder.ledger.notes import Notes  # noqa: PLC0415
+    from forwarder.ledger.watch import Watcher  # noqa: PLC0415
     from forwarder.proc_events import ProcEvents, Unavailable  # noqa: PLC0415
     from forwarder.report import report  # noqa: PLC0415
-    from forwarder.staging import InstallError  # noqa: PLC0415
     from receiver.activation import tell_systemd  # noqa: PLC0415
 
     book, notes = Book(), Notes()
@@ -105,18 +119,33 @@ def watch() -> int:
         try:
             refuse_elsewhere()
             events = stack.enter_context(ProcEvents())
-        except (Unavailable, InstallError) as error:
+        except Unavailable as error:
             sys.stderr.write(f"core-pipe-forwarder: {error}\n")
             return EX_UNAVAILABLE
         stack.callback(book.close)
         stack.callback(notes.close)
-        watcher = Watcher(events, book, notes, say=report, tick=lambda: tell_systemd(WATCHDOG))
+        watcher = Watcher(events, book, notes, store=host_store(), say=report, tick=lambda: tell_systemd(WATCHDOG))
         tell_systemd("READY=1")
         sys.stdout.write("watching\n")
         sys.stdout.flush()
         watcher.run(wake)
         tell_systemd("STOPPING=1")
     return OK
+
+
+def refuse_elsewhere() -> None:
+    """Raise Unavailable in a pid or user namespace of its own, where numbers are others than the kernel's.
+
+    A mount namespace of its own is welcome: that is the service's sandbox. Of the network namespace the kernel speaks.
+    """
+    from forwarder.install import PROC_PID_INIT_INO, PROC_USER_INIT_INO  # noqa: PLC0415
+    from forwarder.proc_events import Unavailable  # noqa: PLC0415
+
+    for kind, initial in (("pid", PROC_PID_INIT_INO), ("user", PROC_USER_INIT_INO)):
+        if os.stat(f"/proc/self/ns/{kind}").st_ino != initial:
+            raise Unavailable(f"this is a container ({kind} namespace of its own): run it on the host itself")
+    if os.geteuid() != 0:
+        raise Unavailable("only root hears from the kernel: run it again with sudo")
 
 
 @contextlib.contextmanager
@@ -164,6 +193,16 @@ def lines(found: Ledger) -> list[str]:
     if not found.watched:
         said.append("Nobody watches now. Start it: systemctl enable --now core_pipe-ledger.service")
     return said
+
+
+def in_short(found: Summary) -> str:
+    """Return the line in `status`."""
+    if found.watched is None:
+        return "not known: ask as root"
+    lost = "" if found.since is None else f"; {found.lost or 'none'} lost since {_time(found.since)}"
+    if not found.watched:
+        return f"not watching{lost}"
+    return f"watching{lost}"
 
 
 def _seen(crash: Crash) -> tuple[object, object, object]:

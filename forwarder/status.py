@@ -14,7 +14,7 @@ import stat
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from forwarder import __version__, ingress, staging
+from forwarder import __version__, ingress, ledger_unit, staging
 from forwarder.install import (
     ARGUMENTS,
     CORE_PIPE_LIMIT,
@@ -33,6 +33,8 @@ from forwarder.install import (
     place_of,
     refuse_containers,
 )
+from forwarder.ledger import Summary, summary
+from forwarder.ledger.book import BOOK
 from forwarder.staging import DamagedError, InstallError
 
 if TYPE_CHECKING:
@@ -64,7 +66,7 @@ class Status:
     ingress: the way in, "pipe" or "socket"; None when not active. installed: "persistent", "runtime" (the one that
     core_pattern leads to, if both are there) or None. version: the staged code's and this package's. features: what
     this kernel has, as far as it can be told without a crash. host_receiver: whether there is a socket for the host's
-    own crashes.
+    own crashes. ledger: whether somebody watches for crashes that leave no record, and how many there were.
     """
 
     active: bool
@@ -76,6 +78,7 @@ class Status:
     version: dict[str, str | None]
     features: dict[str, object]
     host_receiver: bool
+    ledger: Summary
     problems: list[Problem]
 
     def as_json(self) -> str:
@@ -118,6 +121,14 @@ def status(paths: Paths = HOST) -> Status:
                 "core-pipe-receiver install --host",
             )
         )
+    watcher = summary(paths.at(BOOK))
+    if watcher.watched is False and ledger_unit.unit_files(paths):
+        problems.append(
+            Problem(
+                f"{ledger_unit.UNIT} is installed, and does not watch: a crash that leaves no record stays unknown",
+                f"systemctl status {ledger_unit.UNIT}",
+            )
+        )
     way_in = ingress.way_in(current[PATTERN], paths)
     is_active = way_in is not None and staged is not None
     if way_in == ingress.SOCKET:
@@ -132,6 +143,7 @@ def status(paths: Paths = HOST) -> Status:
         version={"staged": staged.version if staged else None, "current": __version__},
         features=_features(),
         host_receiver=host_receiver,
+        ledger=watcher,
         problems=problems,
     )
 
