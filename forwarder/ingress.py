@@ -8,6 +8,7 @@ changed; before the service leaves, it is changed back. So at every moment one o
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import subprocess
@@ -112,6 +113,7 @@ def switch(paths: Paths, ingress: str) -> list[str]:
 def _switch(paths: Paths, ingress: str) -> list[str]:
     before = read_sysctl(PATTERN)
     place = place_of(before, paths)
+    notes: list[str] = []
     if place is None:
         return [f"left {PATTERN} alone, it is not ours: {before}"]
     if ingress == SOCKET:
@@ -121,19 +123,38 @@ def _switch(paths: Paths, ingress: str) -> list[str]:
             )
         pattern = socket_pattern(paths.kernel_socket)
     else:
-        pattern = _pipe_pattern(place)
+        pattern, notes = _pipe_pattern(place)
     if before == pattern:
         return []
-    write_sysctl(PATTERN, pattern)
-    return [f"{PATTERN} = {pattern}"]
-
-
-def _pipe_pattern(place: Place) -> str:
     try:
-        staged = staging.read_staged(place.code)
+        write_sysctl(PATTERN, pattern)
+    except OSError as error:
+        if ingress != SOCKET or error.errno != errno.EINVAL:
+            raise
+        # check_coredump_socket() in fs/coredump.c. What /proc tells does not show it everywhere (`refuse_elsewhere`):
+        # init may have left the initial mount namespace itself, or not be ours to look at.
+        raise InstallError(
+            f"the kernel refuses {PATTERN} = {pattern}: it takes a socket only from the initial mount namespace "
+            "(and Linux 6.17.0 to 6.17.4 take none)",
+            f"run this on the host itself, outside of any sandbox; or use the pipe: {PROGRAM} install --ingress pipe",
+        ) from None
+    return [f"{PATTERN} = {pattern}", *notes]
+
+
+def _pipe_pattern(place: Place) -> tuple[str, list[str]]:
+    """Return what leads to the staged code, and what is to be said about that, a line each. Raises InstallError."""
+    notes = []
+    try:
+        python = staging.read_staged(place.code).python
     except DamagedError as error:
-        raise InstallError(f"the staged code is damaged: {error}", f"{PROGRAM} install") from error
-    return core_pattern(staged.python, place.launcher)
+        # Most often another version of this package staged it, which works; and a boot would have the kernel start it,
+        # too. A core_pattern that goes on leading to a socket where nobody listens loses every core.
+        reason = staging.insecure(place.launcher) if os.path.isfile(place.launcher) else str(error)
+        if reason is not None:
+            raise InstallError(f"the staged code is damaged: {reason}", f"{PROGRAM} install") from error
+        python = staging.interpreter()
+        notes.append(f"the staged code is not this version's, or damaged: {error}. Run: {PROGRAM} install")
+    return core_pattern(python, place.launcher), notes
 
 
 def set_up(paths: Paths = HOST, choice: str = AUTO, *, runtime: bool = False) -> list[str]:
@@ -208,13 +229,14 @@ def _set_up_units(paths: Paths, *, runtime: bool) -> list[str]:
         _systemctl("enable", SOCKET_UNIT)
     # Its ExecStartPost= is what changes core_pattern.
     _systemctl("start", SOCKET_UNIT)
-    # It would start at the first crash; whether it can is better known now.
-    _systemctl("start", SERVICE_UNIT)
+    # A condition that is not met is no failure to systemd; the service would then listen by itself, kept by nobody.
     if way_in(read_sysctl(PATTERN), paths) != SOCKET:
         raise InstallError(
             f"{SOCKET_UNIT} was started, and core_pattern does not lead to it",
-            f"systemctl status {SOCKET_UNIT}",
+            f"look for a condition that is not met: systemctl status {SOCKET_UNIT}",
         )
+    # It would start at the first crash; whether it can is better known now.
+    _systemctl("start", SERVICE_UNIT)
     done += [f"started {SOCKET_UNIT}", f"{PATTERN} = {read_sysctl(PATTERN)}"]
     return done
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import gc
 import os
 import resource
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING
 import prctl
 
 # What the stub imports late, here in the parent and not in each child.
-from forwarder import handled, namespaces, stub, unhandled
+from forwarder import handled, namespaces, ready, stub, unhandled
 from forwarder.crash import UNLIMITED, Crash, Unidentified
 from forwarder.report import report
 from receiver.activation import tell_systemd
@@ -60,13 +61,19 @@ PF_DUMPCORE = 0x200
 # proc_pid_stat(5), counted from after the name: flags is field 9, exit_code field 52.
 _FLAGS, _EXIT_CODE = 6, 49
 
+# To the guard: no need for it. From the one that stood ready: it has a connection.
 LEAVE = b"."
+TAKEN = b"!"
 # The end of a terminal is one as well: who only dies of it cannot give the way in back.
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # Children at once. One more waits in the queue, and with it those behind it.
 MAX_CHILDREN = 1024
 # When accept(2) or fork(2) fails for want of memory or descriptors, look again a little later.
 SHORTAGE_SECONDS = 0.2
+# For the one that stands ready to say whether it leaves.
+LEAVE_SECONDS = 5.0
+# So long after a crash, unless another one comes, the next child is made: the one under way is most often over by then.
+QUIET_SECONDS = 0.03
 
 
 def protect() -> None:
@@ -110,7 +117,6 @@ def who_crashed(connection: socket.socket) -> Crash:
     The crash owns a new descriptor: the kernel's pidfd.
     """
     pidfd = -1
-    process = -1
     pid = 0
     try:
         pidfd = connection.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
@@ -118,8 +124,21 @@ def who_crashed(connection: socket.socket) -> Crash:
         pid = namespaces.pid_of_pidfd(pidfd)
         if pid <= 0:
             raise Unidentified("the process that connected has ended")
-        dumpable, uid, gid = _info(pidfd, pid)
-        process = os.open(f"/proc/{pid}", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        crash = _crash_of(pid, *_dump_of(pidfd, pid))
+        crash.pidfd, pidfd = pidfd, -1
+        crash.pidfd_is_kernels = True
+    except OSError as error:
+        raise Unidentified(f"the process that connected ({pid or 'unknown'}) is gone ({error.strerror})") from None
+    finally:
+        if pidfd >= 0:
+            os.close(pidfd)
+    return crash
+
+
+def _crash_of(pid: int, dumpable: int, uid: int, gid: int) -> Crash:
+    """Return what the kernel's arguments say on the other way in. Raises OSError, ValueError."""
+    process = os.open(f"/proc/{pid}", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
         tid = _dumping_thread(process, pid)
         status = namespaces.read_at(process, f"task/{tid}/status", 1 << 20)
         arguments = {
@@ -135,24 +154,23 @@ def who_crashed(connection: socket.socket) -> Crash:
             "u": uid,
             "g": gid,
         }
-        crash = Crash({name: str(value) for name, value in arguments.items()})
-        crash.pidfd, pidfd = pidfd, -1
-        crash.pidfd_is_kernels = True
-    except OSError as error:
-        raise Unidentified(f"the process that connected ({pid or 'unknown'}) is gone ({error.strerror})") from None
     finally:
-        for fd in (pidfd, process):
-            if fd >= 0:
-                os.close(fd)
-    return crash
+        os.close(process)
+    return Crash({name: str(value) for name, value in arguments.items()})
 
 
-def _info(pidfd: int, pid: int) -> tuple[int, int, int]:
-    """Return dumpable (as %d has it), real uid and gid of a process that dumps core. Raises ValueError, OSError."""
+def _info(pidfd: int) -> tuple[int, int, int, int]:
+    """Return mask, coredump_mask, real uid and gid of a process. Raises OSError."""
     found = bytearray(_INFO.size)
     _INFO.pack_into(found, 0, INFO_COREDUMP, *[0] * 14)
     fcntl.ioctl(pidfd, PIDFD_GET_INFO, found)
     mask, _cgroup, _pid, _tgid, _ppid, uid, gid, *_rest, coredump = _INFO.unpack(found)
+    return mask, coredump, uid, gid
+
+
+def _dump_of(pidfd: int, pid: int) -> tuple[int, int, int]:
+    """Return dumpable (as %d has it), real uid and gid of a process that dumps core. Raises ValueError, OSError."""
+    mask, coredump, uid, gid = _info(pidfd)
     if not (mask & INFO_COREDUMP and coredump & DUMPED):
         raise ValueError(f"process {pid} connected and does not dump core")
     dumpable = {AS_USER: 1, AS_ROOT: 2}.get(coredump & (AS_USER | AS_ROOT), 2)
@@ -268,33 +286,45 @@ class Service:
     def _loop(self, give_back: Callable[[], None] | None) -> None:
         every = _watchdog_seconds()
         idle_since = time.monotonic()
+        busy_until = 0.0
+        waiting = False
         while not self.stopping:
             self._reap()
             if not self.guard and give_back is not None:
                 self._post_guard(give_back)
-            if not self.ready and len(self.children) < MAX_CHILDREN and self._fork(None):
-                idle_since = time.monotonic()
             waits = [every] if every else []
+            # To make the next one takes time that the crash under way would lack.
+            quiet = busy_until - time.monotonic() if self.children and not waiting and not self.ready else 0.0
             if not self.ready:
-                # No memory, or as many as there may be.
-                waits.append(SHORTAGE_SECONDS)
+                if quiet > 0:
+                    waits.append(quiet)
+                elif len(self.children) < MAX_CHILDREN and self._fork(None):
+                    idle_since = time.monotonic()
+                else:
+                    # No memory, or as many as there may be.
+                    waits.append(SHORTAGE_SECONDS)
             if self.children:
                 idle_since = time.monotonic()
             elif self.idle_seconds:
                 left = idle_since + self.idle_seconds - time.monotonic()
-                if left <= 0:
+                if left <= 0 and self._dismiss_ready():
                     return
-                waits.append(left)
+                # Or it has just got a connection: the next one has to come at once.
+                waits.append(max(left, 0))
             poll = select.poll()
             poll.register(self._awake, select.POLLIN)
             if self._tie is not None:
                 poll.register(self._tie, select.POLLIN)
+            elif quiet > 0:
+                poll.register(self.listener, select.POLLIN)
             events = dict(poll.poll(min(waits) * 1000 if waits else None))
             if every:
                 tell_systemd("WATCHDOG=1")
             self._drain(events)
             if self._tie is not None and self._tie.fileno() in events:
                 self._untie()
+                busy_until = time.monotonic() + QUIET_SECONDS
+            waiting = self.listener.fileno() in events
 
     def _drain(self, events: dict[int, int]) -> None:
         if self._awake in events:
@@ -310,6 +340,22 @@ class Service:
         if self.ready:
             self.children.add(self.ready)
             self.ready = 0
+
+    def _dismiss_ready(self) -> bool:
+        """Have the one that stands ready leave. Returns whether it did, and did not take a connection just now.
+
+        Who leaves with a crash under way would wait for its end, and systemd starts nobody else meanwhile.
+        """
+        if self._tie is None:
+            return False
+        try:
+            self._tie.shutdown(socket.SHUT_WR)
+            self._tie.settimeout(LEAVE_SECONDS)
+            left = not self._tie.recv(1)
+        except OSError:
+            left = False
+        self._untie()
+        return left
 
     def _accept(self) -> bool:
         """Take one connection and start its child. Returns whether there was one."""
@@ -377,11 +423,18 @@ class Service:
         """Bring the crash of one connection home; without it, of the next one."""
         os.close(self._awake)
         os.close(self._waker)
+        helper = None
         if connection is None:
+            if not _is_readable(self.listener):
+                # Nobody waits for it.
+                helper = ready.prepare(_play)
             connection = self._stand_ready(tie)
+            if connection is not None:
+                with contextlib.suppress(OSError):
+                    tie.send(TAKEN)
         tie.close()
         self.listener.close()
-        return 0 if connection is None else serve(connection, self.settings)
+        return 0 if connection is None else serve(connection, self.settings, helper)
 
     def _stand_ready(self, tie: socket.socket) -> socket.socket | None:
         """Wait for a connection and return it; None when it is time to leave."""
@@ -458,7 +511,7 @@ class Service:
             self._drain(dict(poll.poll(1000 if self.children else 0)))
 
 
-def serve(connection: socket.socket, settings: Mapping[str, object]) -> int:
+def serve(connection: socket.socket, settings: Mapping[str, object], helper: ready.Helper | None = None) -> int:
     """Bring the crash of one connection home. Returns as `forwarder.stub.main`."""
     stub.prefer_to_be_killed()
     nothing = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
@@ -469,11 +522,31 @@ def serve(connection: socket.socket, settings: Mapping[str, object]) -> int:
     os.dup2(connection.fileno(), stub.CORE, inheritable=False)
     connection.close()
     core = socket.socket(fileno=stub.CORE)
+    route = functools.partial(ready.PreparedRoute, helper)
     try:
         # The kernel may fill the connection while we look for a receiver.
-        return stub.deal(settings, lambda: who_crashed(core), [], lambda: shake_hands(core))
+        return stub.deal(settings, lambda: who_crashed(core), [], lambda: shake_hands(core), route)
     finally:
         core.detach()
+
+
+def _is_readable(sock: socket.socket) -> bool:
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def _play(crash: Crash) -> None:
+    """Run through what is done here for a connection of the kernel's, without one. Raises OSError, ValueError."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(
+            _REQUEST.pack(_REQUEST.size, _ACK.size, COREDUMP_KERNEL | COREDUMP_WAIT) + _MARK.pack(MARK_REQACK)
+        )
+        shake_hands(ours)
+    os.close(os.pidfd_open(namespaces.pid_of_pidfd(crash.pidfd)))
+    _, _, uid, gid = _info(crash.pidfd)
+    _crash_of(crash.pid, 2, uid, gid)
 
 
 def _watchdog_seconds() -> float:

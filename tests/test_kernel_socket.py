@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import os
 import select
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from forwarder import ingress, install, kernel_socket
+from forwarder import ingress, install, kernel_socket, share
 from forwarder.install import PATTERN, read_sysctl
 from forwarder.staging import InstallError
 from forwarder.status import status
@@ -227,6 +228,87 @@ def test_who_crashes_while_it_is_killed(forwarder: Forwarder, container: PlainCo
         assert all(crashing.result(60).core_dumped for crashing in crashes)
     assert [record["core"]["state"] for record in wait_for_records(container, 12)] == ["stored"] * 12
     wait_until(lambda: way_in(forwarder) == "pipe", 20, "the pipe is the way in")
+
+
+def helper_of(forwarder: Forwarder) -> int:
+    """The process that stands ready to look, of the one that stands ready for a crash; when it has rehearsed, idle."""
+
+    def found() -> int:
+        below = [found for pid in all_children(service(forwarder).pid) for found in all_children(pid)]
+        return below[0] if len(below) == 1 and len(held_by(below[0])) == 1 else 0
+
+    return wait_until(found, 20, "a helper")
+
+
+def held_by(pid: int) -> list[str]:
+    """What a process holds, but for its standard streams."""
+    with contextlib.suppress(FileNotFoundError):
+        return [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd") if int(fd) > 2]
+    return []
+
+
+def counted() -> list[str]:
+    """Those in flight whose lock somebody holds."""
+    found = []
+    for path in Path(share.DIRECTORY).glob("*@*"):
+        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                found.append(path.name)
+    return found
+
+
+def test_what_stands_ready_holds_nothing_of_a_crash(forwarder: Forwarder) -> None:
+    """It was there before the connection: it has the line to be asked by, and no listener, tie, core or pidfd."""
+    (line,) = held_by(helper_of(forwarder))
+    assert line.startswith("socket:")
+    with open("/proc/net/unix", encoding="utf-8") as file:
+        assert not [row for row in file if line.strip("socket:[]") in row and forwarder.paths.kernel_socket in row]
+
+
+def test_a_helper_that_was_killed_costs_nothing(forwarder: Forwarder, container: PlainContainer) -> None:
+    pid = helper_of(forwarder)
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: is_gone(pid), 20, "its end")
+    assert crash(container, "SEGV").core_dumped
+    assert wait_for_records(container)[0]["core"]["state"] == "stored"
+
+
+def test_a_helper_that_is_silent_is_left_behind_and_counts(forwarder: Forwarder, container: PlainContainer) -> None:
+    """As one that a container's file system does not let go."""
+    pid = helper_of(forwarder)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        crash(container, "SEGV")
+        (record,) = wait_for_records(Host(), 1, forwarder.store)
+        assert "own root: what stands there does not answer" in record["core"]["reason"]
+        assert counted()
+    finally:
+        os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not counted(), 20, "it is not counted any more")
+    assert crash(container, "SEGV").core_dumped
+    assert wait_for_records(container)[0]["core"]["state"] == "stored"
+
+
+def test_who_is_idle_and_gets_a_connection_does_not_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that stands ready says so: else the service would wait for the end of that crash, and serve nobody."""
+    monkeypatch.setattr(kernel_socket, "LEAVE_SECONDS", 0.1)
+    for said, leaves in ((kernel_socket.TAKEN, False), (b"", True), (None, False)):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+            found = kernel_socket.Service(listener, {})
+            assert not found._dismiss_ready()
+            ours, theirs = socket.socketpair()
+            found._tie, found.ready = ours, 4711
+            with theirs:
+                if said is not None:
+                    theirs.sendall(said)
+                    theirs.shutdown(socket.SHUT_WR)
+                assert found._dismiss_ready() == leaves
+                assert theirs.recv(1) == b""
+            assert (found.ready, found.children) == (0, {4711})
+            os.close(found._awake)
+            os.close(found._waker)
 
 
 def is_gone(pid: int) -> bool:
@@ -453,6 +535,88 @@ def test_uninstall_gives_back_what_was_there_before_the_socket() -> None:
             assert machine.core_pattern == b"core.before"
             assert any("core.before" in line for line in said)
         assert machine.core_pattern == b"core.before"
+
+
+def test_another_versions_staged_code_takes_the_way_in_back(forwarder: Forwarder, container: PlainContainer) -> None:
+    """After an upgrade, before the next `install`: the launcher is not as this version writes it, and works."""
+    with open(forwarder.paths.runtime.launcher, "a", encoding="ascii") as file:
+        file.write("# another version's\n")
+    service(forwarder).terminate()
+    assert service(forwarder).wait(20) == 0
+    assert way_in(forwarder) == "pipe"
+    assert crash(container, "SEGV").core_dumped
+    assert wait_for_records(container)[0]["core"]["state"] == "stored"
+    os.chmod(forwarder.paths.runtime.launcher, 0o666)
+    forwarder.machine.core_pattern = ingress.socket_pattern(forwarder.paths.kernel_socket)
+    with pytest.raises(InstallError, match=r"damaged: .*stub\.py"):
+        ingress.switch(forwarder.paths, ingress.PIPE)
+    os.unlink(forwarder.paths.runtime.launcher)
+    with pytest.raises(InstallError, match="damaged: "):
+        ingress.switch(forwarder.paths, ingress.PIPE)
+
+
+# A mount namespace of its own, where init seems to be at home, too: what /proc tells does not give it away.
+ELSEWHERE = 'mount --bind "/proc/$$" /proc/1 && exec "$@"'
+# Somebody listens, so that the rest is the kernel's to say.
+AUTO_ELSEWHERE = """\
+import os, socket, sys
+from forwarder import ingress, install
+paths = install.Paths(prefix=sys.argv[1])
+os.makedirs(os.path.dirname(paths.kernel_socket), exist_ok=True)
+listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+listener.bind(paths.kernel_socket)
+listener.listen()
+print(*ingress.set_up(paths, ingress.AUTO, runtime=True), sep="\\n")
+try:
+    ingress.set_up(paths, ingress.SOCKET, runtime=True)
+except install.InstallError as error:
+    print("error:", error.fact, error.mend)
+"""
+# As core-pipe-forwarder's own.
+SERVE_AND_SAY = """\
+import sys
+from forwarder import cli, install
+install.HOST = install.Paths(prefix=sys.argv[1])
+sys.exit(cli.main(["serve"]))
+"""
+
+
+def run_elsewhere(forwarder: Forwarder, code: str) -> subprocess.CompletedProcess[str]:
+    command = [
+        "unshare",
+        "--mount",
+        "sh",
+        "-c",
+        ELSEWHERE,
+        "-",
+        os.path.join(BIN, "python"),
+        "-c",
+        code,
+        forwarder.base,
+    ]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, cwd=CHECKOUT)
+
+
+def test_serve_where_the_kernel_takes_no_socket() -> None:
+    """Outside of the initial mount namespace: EINVAL. It is said, and the pipe stays."""
+    with forwarder_installed() as forwarder:
+        done = run_elsewhere(forwarder, SERVE_AND_SAY)
+        assert done.returncode == 1
+        assert "initial mount namespace" in done.stderr
+        assert "install --ingress pipe" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert way_in(forwarder) == "pipe"
+        assert not os.path.exists(forwarder.paths.kernel_socket)
+
+
+def test_auto_is_the_pipe_where_the_kernel_takes_no_socket() -> None:
+    with forwarder_installed() as forwarder:
+        done = run_elsewhere(forwarder, AUTO_ELSEWHERE)
+        assert done.returncode == 0, done.stderr
+        said, error = done.stdout.splitlines()
+        assert "the way in is the pipe: the kernel refuses" in said
+        assert "initial mount namespace" in error
+        assert way_in(forwarder) == "pipe"
 
 
 def test_an_upgrade_goes_on_by_the_socket(forwarder: Forwarder, container: PlainContainer) -> None:
