@@ -11,14 +11,14 @@ Import budget: on the stub's start-up path, see `forwarder/stub.py`.
 from __future__ import annotations
 
 import _socket
-import os
+import posix
 import time
 
 from receiver.protocol import DONE, Channel, PeerGone, ProtocolError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from receiver.protocol import Message
 
@@ -33,36 +33,54 @@ class Stuck(Exception):
     """The child did not come back."""
 
 
-def ask(work: Callable[[], Answer], deadline: float, let_go: Iterable[int]) -> Message:
-    """Have a child do some work, and return its answer; the caller owns the descriptor in it.
+class Look:
+    """A child at work, and what it has to say. Owns our end of what ties it to us, until `close`."""
 
-    deadline: on time.monotonic(). let_go: descriptors that the child must not hold.
+    __slots__ = ("_channel", "_deadline")
 
-    Raises Stuck. What `work` raises is the child's end, and Stuck here.
-    """
-    ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
-    try:
-        # It is never waited for, since its end may hang as well: init reaps it, after the stub.
-        pid = os.fork()
-    except OSError as error:
-        ours.close()
+    def __init__(self, work: Callable[[], Iterator[Answer]], deadline: float, let_go: Iterable[int]) -> None:
+        """Start a child that gives one answer after the other.
+
+        deadline: for all of them, on time.monotonic(). let_go: descriptors that the child must not hold.
+
+        Raises Stuck. What `work` raises is the child's end, and Stuck to who waits for an answer.
+        """
+        ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
+        try:
+            # It is never waited for, since its end may hang as well: init reaps it, after the stub.
+            pid = posix.fork()
+        except OSError as error:
+            ours.close()
+            theirs.close()
+            raise Stuck(f"no process can be started to look ({error.strerror})") from None
+        if pid == 0:
+            _be_the_child(work, theirs, ours, deadline, let_go)
         theirs.close()
-        raise Stuck(f"no process can be started to look ({error.strerror})") from None
-    if pid == 0:
-        _be_the_child(work, theirs, ours, deadline, let_go)
-    theirs.close()
-    channel = Channel(ours)
+        self._channel = Channel(ours)
+        self._deadline = deadline
+
+    def answer(self) -> Message:
+        """Wait for the next answer; the caller owns the descriptor in it. Raises Stuck."""
+        try:
+            return self._channel.receive(self._deadline + GRACE_SECONDS)
+        except (ProtocolError, PeerGone, TimeoutError, OSError):
+            raise Stuck("what stands there does not answer") from None
+
+    def close(self) -> None:
+        self._channel.close()
+
+
+def ask(work: Callable[[], Answer], deadline: float, let_go: Iterable[int]) -> Message:
+    """Have a child do some work, and return its one answer. Arguments, owner and errors as of `Look`."""
+    look = Look(lambda: iter((work(),)), deadline, let_go)
     try:
-        message = channel.receive(deadline + GRACE_SECONDS)
-    except (ProtocolError, PeerGone, TimeoutError, OSError):
-        raise Stuck("what stands there does not answer") from None
+        return look.answer()
     finally:
-        channel.close()
-    return message
+        look.close()
 
 
 def _be_the_child(
-    work: Callable[[], Answer],
+    work: Callable[[], Iterator[Answer]],
     theirs: _socket.socket,
     ours: _socket.socket,
     deadline: float,
@@ -73,10 +91,11 @@ def _be_the_child(
         ours.close()
         for fd in let_go:
             if fd >= 0:
-                os.close(fd)
-        fields, descriptor = work()
-        passed = () if descriptor is None else (descriptor,)
-        Channel(theirs).send(DONE, fields, max(deadline, time.monotonic()) + GRACE_SECONDS, descriptors=passed)
+                posix.close(fd)
+        channel = Channel(theirs)
+        for fields, descriptor in work():
+            passed = () if descriptor is None else (descriptor,)
+            channel.send(DONE, fields, max(deadline, time.monotonic()) + GRACE_SECONDS, descriptors=passed)
     finally:
         # Nothing of the stub's may run twice.
-        os._exit(0)
+        posix._exit(0)  # noqa: SLF001 - a public one, by its name in os

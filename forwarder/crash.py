@@ -5,7 +5,7 @@ Import budget: on the stub's start-up path, see `forwarder/stub.py`.
 
 from __future__ import annotations
 
-import os
+import posix
 import select
 
 from forwarder import namespaces
@@ -105,14 +105,15 @@ class Crash:
         """
         try:
             if self.pidfd_is_kernels:
-                os.set_inheritable(self.pidfd, False)
-            self.task = os.open(
-                f"/proc/{self.pid}/task/{self.tid}", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW
+                posix.set_inheritable(self.pidfd, False)
+            self.task = posix.open(
+                f"/proc/{self.pid}/task/{self.tid}",
+                posix.O_PATH | posix.O_DIRECTORY | posix.O_CLOEXEC | posix.O_NOFOLLOW,
             )
             # Before anything can go wrong: whose allowance a crash takes that cannot be identified.
             self.key = key_of(self.task)
             if not self.pidfd_is_kernels:
-                self.pidfd = os.pidfd_open(self.pid)
+                self.pidfd = posix.pidfd_open(self.pid)
             self.verify()
             self.comm = self.read("comm", 64).removesuffix(b"\n")
             if not self.pidfd_is_kernels and self.time and self._started() > self.time + 1:
@@ -155,7 +156,7 @@ class Crash:
             return found
         for name in ("exe", "cwd"):
             try:
-                found[name] = os.readlink(name.encode(), dir_fd=self.task)[:4096]
+                found[name] = posix.readlink(name.encode(), dir_fd=self.task)[:4096]
             except OSError:
                 pass
         try:
@@ -171,7 +172,7 @@ class Crash:
         ticks = namespaces.start_ticks(self.read("stat", 4096))
         for line in namespaces.read_at(-1, "/proc/stat", 1 << 20).splitlines():
             if line.startswith(b"btime "):
-                return int(line.split()[1]) + ticks // os.sysconf("SC_CLK_TCK")
+                return int(line.split()[1]) + ticks // posix.sysconf("SC_CLK_TCK")
         return 0
 
     def still_dumps(self, seconds: float) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]  # signal itself brings enum: 3 ms
 import errno
-import os
+import posix
 import select
 import time
 
@@ -76,7 +76,7 @@ class Handoff:
     def close(self) -> None:
         """Let go of the core. When it was not passed, the kernel's next write fails and the dump ends."""
         if self.core >= 0:
-            os.close(self.core)
+            posix.close(self.core)
             self.core = -1
 
     def bring(self, route: Route, place: Place) -> None:
@@ -94,7 +94,8 @@ class Handoff:
             channel = route.open(place, deadline)
             try:
                 try:
-                    wants_core = self._offer(channel, deadline, route.facts or {})
+                    self._before_offer(channel)
+                    wants_core = self._offer(channel, deadline, route.facts())
                 except (PeerGone, ConnectionError):
                     # Nothing was passed yet.
                     if time.monotonic() + pause >= busy:
@@ -110,6 +111,9 @@ class Handoff:
                 return
             finally:
                 channel.close()
+
+    def _before_offer(self, channel: Channel) -> None:
+        """A receiver is about to be asked."""
 
     def _offer(self, channel: Channel, deadline: float, facts: dict[str, bytes]) -> bool:
         """Return whether the receiver wants the core. Raises Refused, and ConnectionError when it hangs up."""

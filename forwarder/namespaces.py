@@ -6,7 +6,7 @@ Import budget: on the stub's start-up path, see `forwarder/stub.py`.
 from __future__ import annotations
 
 import fcntl
-import os
+import posix
 
 # <linux/nsfs.h>
 NS_GET_USERNS = 0xB701
@@ -24,21 +24,21 @@ MAX_DEPTH = 33
 def read_at(directory: int, name: str, limit: int) -> bytes:
     """Return at most `limit` bytes of a file below a directory's descriptor. Raises OSError."""
     if directory < 0:
-        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC)
+        fd = posix.open(name, posix.O_RDONLY | posix.O_CLOEXEC)
     else:
-        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=directory)
+        fd = posix.open(name, posix.O_RDONLY | posix.O_CLOEXEC | posix.O_NOFOLLOW, dir_fd=directory)
     try:
         parts = []
         while limit > 0:
             # Not all at once: as much memory would be mapped, touched and given back.
-            part = os.read(fd, min(limit, 16384))
+            part = posix.read(fd, min(limit, 16384))
             if not part:
                 break
             parts.append(part)
             limit -= len(part)
         return b"".join(parts)
     finally:
-        os.close(fd)
+        posix.close(fd)
 
 
 def status_value(status: bytes, name: bytes) -> list[bytes] | None:
@@ -75,18 +75,18 @@ def mount_of(fd: int) -> bytes:
 
 def identity(fd: int) -> Identity:
     """Return which file it is, for a namespace or a directory."""
-    found = os.fstat(fd)
+    found = posix.fstat(fd)
     return found.st_dev, found.st_ino
 
 
 def open_namespace(directory: int, kind: str) -> int:
     """Return a descriptor of a process's namespace; `directory` is its proc directory. Raises OSError."""
-    return os.open(f"ns/{kind}", os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
+    return posix.open(f"ns/{kind}", posix.O_RDONLY | posix.O_CLOEXEC, dir_fd=directory)
 
 
 def identity_of(directory: int, kind: str) -> Identity:
     """Return the identity of a process's namespace; `directory` is its proc directory. Raises OSError."""
-    found = os.stat(f"ns/{kind}", dir_fd=directory)
+    found = posix.stat(f"ns/{kind}", dir_fd=directory)
     return found.st_dev, found.st_ino
 
 
@@ -96,13 +96,13 @@ def owner_of(namespace: int) -> Identity:
     try:
         return identity(fd)
     finally:
-        os.close(fd)
+        posix.close(fd)
 
 
 def ancestry(namespace: int) -> list[Identity]:
     """Return a pid or user namespace and those around it, innermost first, as far as we may see."""
     found = [identity(namespace)]
-    fd = os.dup(namespace)
+    fd = posix.dup(namespace)
     try:
         while len(found) < MAX_DEPTH:
             try:
@@ -110,11 +110,11 @@ def ancestry(namespace: int) -> list[Identity]:
             except OSError:
                 # EPERM: the next one is outside of ours, or there is none.
                 break
-            os.close(fd)
+            posix.close(fd)
             fd = parent
             found.append(identity(fd))
     finally:
-        os.close(fd)
+        posix.close(fd)
     return found
 
 
@@ -133,18 +133,18 @@ def init_of(pid_namespace: int) -> int | None:
         candidates = [str(fcntl.ioctl(pid_namespace, NS_GET_PID_FROM_PIDNS, 1))]
     except OSError:
         # Before 6.11 nobody tells: look at every process.
-        candidates = [name for name in os.listdir("/proc") if name.isdigit()]
+        candidates = [name for name in posix.listdir("/proc") if name.isdigit()]
     for name in candidates:
         directory = -1
         try:
-            directory = os.open(f"/proc/{name}", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            directory = posix.open(f"/proc/{name}", posix.O_PATH | posix.O_DIRECTORY | posix.O_CLOEXEC)
             words = status_value(read_at(directory, "status", 1 << 20), b"NSpid")
             if words and words[-1] == b"1" and identity_of(directory, "pid") == wanted:
                 return directory
         except OSError:
             pass
         if directory >= 0:
-            os.close(directory)
+            posix.close(directory)
     return None
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import _socket
 import _struct
-import os
+import posix
 import time
 
 from forwarder import namespaces
@@ -51,31 +51,31 @@ class Place:
         self.name = name
         self.is_host = is_host
         if isinstance(directory, str):
-            self.process = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            self.process = posix.open(directory, posix.O_PATH | posix.O_DIRECTORY | posix.O_CLOEXEC)
         else:
-            self.process = os.dup(directory)
+            self.process = posix.dup(directory)
         try:
-            self.root_path = os.readlink(b"root", dir_fd=self.process)
+            self.root_path = posix.readlink(b"root", dir_fd=self.process)
             self.pid_ns = namespaces.identity_of(self.process, "pid")
             mnt_ns = namespaces.open_namespace(self.process, "mnt")
             try:
                 self.mnt_ns = namespaces.identity(mnt_ns)
                 self.owner = namespaces.owner_of(mnt_ns)
             finally:
-                os.close(mnt_ns)
+                posix.close(mnt_ns)
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
         if self.process >= 0:
-            os.close(self.process)
+            posix.close(self.process)
             self.process = -1
 
     def open_root(self) -> int:
         """Return an O_PATH descriptor of the root. May hang (NFS). Raises Absent."""
         try:
-            return os.open("root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.process)
+            return posix.open("root", posix.O_PATH | posix.O_DIRECTORY | posix.O_CLOEXEC, dir_fd=self.process)
         except OSError as error:
             raise Absent(f"its root is gone ({error.strerror})") from None
 
@@ -87,7 +87,9 @@ def find_socket(root: int) -> int:
     socket of the host (H2 in the field's list: Apport handed cores to the host's sockets that way).
     """
     try:
-        directory = os.open(DIRECTORY, os.O_PATH | os.O_NOFOLLOW | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=root)
+        directory = posix.open(
+            DIRECTORY, posix.O_PATH | posix.O_NOFOLLOW | posix.O_DIRECTORY | posix.O_CLOEXEC, dir_fd=root
+        )
     except (FileNotFoundError, ProcessLookupError):
         # ESRCH: the root is the proc directory of a process that is no more, as Chrome's sandbox has it (H20).
         raise Absent(f"there is no /{DIRECTORY}") from None
@@ -95,15 +97,15 @@ def find_socket(root: int) -> int:
         # ENOTDIR is what a symlink gives here.
         raise Refused(f"/{DIRECTORY} is not a directory that can be entered ({error.strerror})") from None
     try:
-        sock = os.open(NAME, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+        sock = posix.open(NAME, posix.O_PATH | posix.O_NOFOLLOW | posix.O_CLOEXEC, dir_fd=directory)
     except FileNotFoundError:
         raise Absent(f"there is no /{DIRECTORY}/{NAME}") from None
     except OSError as error:
         raise Refused(f"/{DIRECTORY}/{NAME} cannot be opened ({error.strerror})") from None
     finally:
-        os.close(directory)
-    if os.fstat(sock).st_mode & S_IFMT != S_IFSOCK:
-        os.close(sock)
+        posix.close(directory)
+    if posix.fstat(sock).st_mode & S_IFMT != S_IFSOCK:
+        posix.close(sock)
         raise Refused(f"/{DIRECTORY}/{NAME} is not a socket")
     return sock
 
@@ -119,7 +121,7 @@ class Found:
         self.mode = mode
 
 
-def connect(root: int, deadline: float, other_than: os.stat_result | None = None) -> Found:
+def connect(root: int, deadline: float, other_than: posix.stat_result | None = None) -> Found:
     """Return a connection to the socket below a root. Raises Absent, Refused.
 
     deadline: on time.monotonic(). A listener whose backlog is full makes connect(2) wait (H1: for ever, in Apport).
@@ -127,8 +129,8 @@ def connect(root: int, deadline: float, other_than: os.stat_result | None = None
     """
     path = find_socket(root)
     try:
-        found = os.fstat(path)
-        if other_than is not None and os.path.samestat(found, other_than):
+        found = posix.fstat(path)
+        if other_than is not None and (found.st_dev, found.st_ino) == (other_than.st_dev, other_than.st_ino):
             raise Absent("its socket is the host's own")
         sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
         try:
@@ -159,7 +161,7 @@ def connect(root: int, deadline: float, other_than: os.stat_result | None = None
             raise
         return Found(Channel(sock), found.st_uid, found.st_mode)
     finally:
-        os.close(path)
+        posix.close(path)
 
 
 def check_listener(
@@ -186,7 +188,7 @@ def check_listener(
     pidfd = None
     try:
         pidfd = channel.peer_pidfd()
-        listener = os.open(f"/proc/{peer.pid}", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        listener = posix.open(f"/proc/{peer.pid}", posix.O_PATH | posix.O_DIRECTORY | posix.O_CLOEXEC)
         if pidfd is not None and namespaces.pid_of_pidfd(pidfd) != peer.pid:
             raise Refused("its listener has ended")
         pid_ns = namespaces.identity_of(listener, "pid")
@@ -198,7 +200,7 @@ def check_listener(
     finally:
         for fd in (listener, pidfd):
             if fd is not None and fd >= 0:
-                os.close(fd)
+                posix.close(fd)
     if place.is_host:
         inside = pid_ns == host.pid_ns
     else:

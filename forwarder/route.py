@@ -10,7 +10,7 @@ Import budget: on the stub's start-up path, see `forwarder/stub.py`.
 from __future__ import annotations
 
 import _socket
-import os
+import posix
 import time
 
 from forwarder import apart, namespaces
@@ -19,7 +19,7 @@ from receiver.protocol import Channel
 
 TYPE_CHECKING = False  # typing's own would cost the stub four milliseconds
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from forwarder.crash import Crash
 
@@ -32,16 +32,21 @@ class Route:
     Raises OSError when the process is gone.
     """
 
-    def __init__(self, crash: Crash, *, seconds: float, let_go: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self, crash: Crash, *, seconds: float, let_go: tuple[int, ...] = (), hold: tuple[int, ...] = ()
+    ) -> None:
         """Find out where the process lives. seconds: how long its file systems may take to answer.
 
-        let_go: descriptors that a process which touches them must not hold: the core.
+        let_go: descriptors that a process which touches them must not hold: the core. hold: those that it must: the
+        lock of its container's share, which goes on counting where it hangs.
         """
+        self.hold = hold
         self.crash = crash
         self.seconds = seconds
         self.let_go = (*let_go, crash.pidfd)
-        # What the first look brought along; None before it.
-        self.facts: dict[str, bytes] | None = None
+        # Who looks for the facts of the crash, and what was found: None before that.
+        self._look: apart.Look | None = None
+        self._facts: dict[str, bytes] | None = None
         self._foreign: str | None = None
         self._asked: dict[tuple[namespaces.Identity, bytes, bytes], Place] = {}
         self._hanging: list[tuple[namespaces.Identity, bytes]] = []
@@ -53,15 +58,20 @@ class Route:
         self._pid_ns = pid_ns
         self._pid_chain = namespaces.ancestry(pid_ns)
         self.owners = namespaces.ancestry(user_ns)
-        os.close(user_ns)
+        posix.close(user_ns)
         self.enclosing = [ns for ns in self._pid_chain if ns != self.host.pid_ns]
         if crash.own_pid == 1 and self.enclosing:
             # A dying init takes its whole pid namespace with it: nobody in there will finish a core.
             del self.enclosing[0]
 
     def close(self) -> None:
+        """Let go of everything. Waits for a child that may be stuck, so nothing of the core may be held any more."""
+        try:
+            self.facts()
+        except Refused:
+            pass
         self.host.close()
-        os.close(self._pid_ns)
+        posix.close(self._pid_ns)
 
     @property
     def is_container(self) -> bool:
@@ -87,7 +97,7 @@ class Route:
             except OSError:
                 # Its root went away under it (a lazy unmount): the next place is as good.
                 pass
-        namespace: int | None = os.dup(self._pid_ns)
+        namespace: int | None = posix.dup(self._pid_ns)
         while namespace is not None:
             try:
                 if namespaces.identity(namespace) == self.host.pid_ns:
@@ -100,10 +110,10 @@ class Route:
                         except OSError:
                             pass
                         finally:
-                            os.close(init)
+                            posix.close(init)
                 outer = namespaces.parent_of(namespace)
             finally:
-                os.close(namespace)
+                posix.close(namespace)
             namespace = outer
 
     def host_only_because(self) -> str | None:
@@ -126,7 +136,7 @@ class Route:
         """Return why the program is not the container's, empty when it is."""
 
         def owner() -> apart.Answer:
-            return {"uid": b"%d" % os.stat("exe", dir_fd=self.crash.task).st_uid}, None
+            return {"uid": b"%d" % posix.stat("exe", dir_fd=self.crash.task).st_uid}, None
 
         try:
             answer = apart.ask(owner, time.monotonic() + self.seconds, self.let_go)
@@ -153,41 +163,27 @@ class Route:
         return found.channel
 
     def _reach(self, place: Place, deadline: float) -> Found:
-        """Connect to a container's socket from a process apart, which brings the facts of the crash along.
-
-        Raises Absent, Refused.
-        """
+        """Connect to a container's socket from a process apart. Raises Absent, Refused."""
         if (place.mnt_ns, place.root_path) in self._hanging:
             raise Known("it did not answer before")
         hosts = None if place.is_host else self._hosts_socket()
 
-        def reach() -> apart.Answer:
-            facts = {} if self.facts is not None else self.crash.facts()
-            facts = {f"fact_{name}": value for name, value in facts.items()}
-            try:
-                root = place.open_root()
-                # A detached mount has the path "/", too: what tells roots apart is the mount.
-                facts["mount"] = namespaces.mount_of(root)
-                if self._asked.get((place.mnt_ns, place.root_path, facts["mount"]), place) is not place:
-                    return {"known": b"1"}, None
-                found = connect(root, deadline, other_than=hosts)
-            except Absent as absent:
-                return {"absent": str(absent).encode(), **facts}, None
-            except Refused as refused:
-                return {"refused": str(refused).encode(), **facts}, None
-            return {"uid": b"%d" % found.uid, "mode": b"%d" % found.mode, **facts}, found.channel.detach()
+        def is_known(mount: bytes) -> bool:
+            return self._asked.get((place.mnt_ns, place.root_path, mount), place) is not place
 
         try:
-            answer = apart.ask(reach, deadline, self.let_go)
+            if self._look is None and self._facts is None:
+                self._look = self._start_look(place, deadline, hosts)
+                answer = self._look.answer()
+            else:
+                answer = apart.ask(lambda: reach(place, deadline, hosts, is_known), deadline, self.let_go)
         except apart.Stuck as stuck:
             self.stuck = True
             # Whatever its mount is: those that look like it are not worth the wait.
             self._hanging.append((place.mnt_ns, place.root_path))
             # The next child shall not read what this one may be stuck at.
-            self.facts = self.facts or {}
+            self._end_look({})
             raise Refused(str(stuck)) from None
-        if self.facts is None:
-            self.facts = {name[5:]: value for name, value in answer.fields.items() if name.startswith("fact_")}
         if "known" in answer.fields:
             raise Known("it was asked already")
         # The same place may be asked again, when its receiver is busy.
@@ -199,7 +195,35 @@ class Route:
         sock = _socket.socket(fileno=answer.take()[0])
         return Found(Channel(sock), answer.number("uid"), answer.number("mode"))
 
-    def _hosts_socket(self) -> os.stat_result | None:
+    def facts(self) -> dict[str, bytes]:
+        """Return the facts of the crash (`Crash.facts`) when they have been found.
+
+        Raises Refused when that does not come to an end, and not again: whoever is asked next gets none.
+        """
+        if self._look is not None:
+            found: dict[str, bytes] = {}
+            try:
+                found = self._look.answer().fields
+            except apart.Stuck:
+                # A page of it lies on a file system that has the request and keeps it.
+                self.stuck = True
+                raise Refused("the memory of the process does not answer") from None
+            finally:
+                self._end_look(found)
+        return self._facts or {}
+
+    def _end_look(self, facts: dict[str, bytes]) -> None:
+        if self._look is not None:
+            self._look.close()
+            self._look = None
+        if self._facts is None:
+            self._facts = facts
+
+    def _start_look(self, place: Place, deadline: float, hosts: posix.stat_result | None) -> apart.Look:
+        """Have a process apart look at the first place, and then for the facts of the crash. Raises apart.Stuck."""
+        return apart.Look(lambda: look(self.crash, place, deadline, hosts), deadline, self.let_go)
+
+    def _hosts_socket(self) -> posix.stat_result | None:
         """Return the host's own socket, which services with a private mount namespace see in their own root.
 
         Knowing it saves the host's receiver a call that would be hung up on; nothing rests on it.
@@ -209,10 +233,41 @@ class Route:
             try:
                 path = find_socket(root)
             finally:
-                os.close(root)
+                posix.close(root)
         except Refused:
             return None
         try:
-            return os.fstat(path)
+            return posix.fstat(path)
         finally:
-            os.close(path)
+            posix.close(path)
+
+
+def reach(
+    place: Place,
+    deadline: float,
+    hosts: posix.stat_result | None,
+    is_known: Callable[[bytes], bool] = lambda _mount: False,
+) -> apart.Answer:
+    """Connect to the socket of a place; return what is told of it, and the connection. For a process apart.
+
+    hosts: the host's own socket. is_known: whether such a root on that mount was asked already.
+    """
+    mount: dict[str, bytes] = {}
+    try:
+        root = place.open_root()
+        # A detached mount has the path "/", too: what tells roots apart is the mount.
+        mount["mount"] = namespaces.mount_of(root)
+        if is_known(mount["mount"]):
+            return {"known": b"1"}, None
+        found = connect(root, deadline, other_than=hosts)
+    except Absent as absent:
+        return {"absent": str(absent).encode(), **mount}, None
+    except Refused as refused:
+        return {"refused": str(refused).encode(), **mount}, None
+    return {"uid": b"%d" % found.uid, "mode": b"%d" % found.mode, **mount}, found.channel.detach()
+
+
+def look(crash: Crash, place: Place, deadline: float, hosts: posix.stat_result | None) -> Iterator[apart.Answer]:
+    """Yield what `reach` returns, then the facts of a crash."""
+    yield reach(place, deadline, hosts)
+    yield crash.facts(), None

@@ -11,7 +11,7 @@ Import budget: on the stub's start-up path, see `forwarder/stub.py`.
 from __future__ import annotations
 
 import fcntl
-import os
+import posix
 import time
 
 from forwarder import namespaces
@@ -70,7 +70,7 @@ class Share:
     def __init__(self, key: str, directory: str = DIRECTORY) -> None:
         self.key = key
         self._directory = directory
-        self._entry = f"{key}@{os.getpid()}"
+        self._entry = f"{key}@{posix.getpid()}"
         self._fd = -1
 
     def take(self) -> str | None:
@@ -84,20 +84,29 @@ class Share:
             return None
 
     def _take(self) -> str | None:
-        os.makedirs(self._directory, mode=0o700, exist_ok=True)
-        lock = os.open(f"{self._directory}/.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            lock = self._open(".lock")
+        except FileNotFoundError:
+            # The first crash since the boot.
+            from os import makedirs  # noqa: PLC0415 - rare
+
+            makedirs(self._directory, mode=0o700, exist_ok=True)
+            lock = self._open(".lock")
         try:
             deadline = time.monotonic() + LOCK_SECONDS
             while not _locked(lock) and time.monotonic() < deadline:
                 time.sleep(0.001)
             reason = self._refusal()
             if reason is None:
-                path = f"{self._directory}/{self._entry}"
-                self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+                self._fd = self._open(self._entry)
                 _locked(self._fd)
             return reason
         finally:
-            os.close(lock)
+            posix.close(lock)
+
+    def _open(self, name: str) -> int:
+        flags = posix.O_RDWR | posix.O_CREAT | posix.O_CLOEXEC | posix.O_NOFOLLOW
+        return posix.open(f"{self._directory}/{name}", flags, 0o600)
 
     def _refusal(self) -> str | None:
         limit = _limit()
@@ -114,7 +123,7 @@ class Share:
 
     def _count(self) -> tuple[int, int]:
         mine = others = 0
-        for name in os.listdir(self._directory):
+        for name in posix.listdir(self._directory):
             if name.rpartition("@")[0] == self.key:
                 mine += 1
             elif name != ".lock":
@@ -122,19 +131,23 @@ class Share:
         return mine, others
 
     def _clear(self) -> None:
-        for name in os.listdir(self._directory):
+        for name in posix.listdir(self._directory):
             if name == ".lock" or _is_hanging(name):
                 continue
             try:
-                fd = os.open(f"{self._directory}/{name}", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+                fd = posix.open(f"{self._directory}/{name}", posix.O_RDWR | posix.O_CLOEXEC | posix.O_NOFOLLOW)
             except OSError:
                 continue
             if _locked(fd):
                 try:
-                    os.unlink(f"{self._directory}/{name}")
+                    posix.unlink(f"{self._directory}/{name}")
                 except OSError:
                     pass
-            os.close(fd)
+            posix.close(fd)
+
+    def held(self) -> tuple[int, ...]:
+        """Return the descriptor that counts this crash for as long as anybody has it; none without a count."""
+        return (self._fd,) if self._fd >= 0 else ()
 
     def close(self, *, keep: bool = False) -> None:
         """Give the share back. keep: a child that is stuck has inherited its lock, and counts until it ends."""
@@ -142,10 +155,10 @@ class Share:
             return
         if not keep:
             try:
-                os.unlink(f"{self._directory}/{self._entry}")
+                posix.unlink(f"{self._directory}/{self._entry}")
             except OSError:
                 pass
-        os.close(self._fd)
+        posix.close(self._fd)
         self._fd = -1
 
     def remember(self, pid: int) -> None:
@@ -156,7 +169,7 @@ class Share:
         """
         try:
             path = f"{self._directory}/{self.key}{HANGING}{pid}.{namespaces.started(pid)}"
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+            posix.close(posix.open(path, posix.O_WRONLY | posix.O_CREAT | posix.O_CLOEXEC | posix.O_NOFOLLOW, 0o600))
         except (OSError, ValueError):
             # It has ended after all, or /run is full.
             pass

@@ -6,9 +6,15 @@ must not be what root executes at that moment. `stage` copies the code:
 
     <directory>/stub.py         the launcher: a literal path, literal settings, and the call of `forwarder.stub.main`
     <directory>/lib-<digest>/   one version of the code; `manifest.json` has the hash of every file in it
+    .../road.bin                what the stub imports for every crash, compiled, in one file
 
 The digest is the manifest's, so the launcher's text pins everything that it starts. The launcher is replaced by one
 rename, which is the moment of the switch: before it the old code runs, after it the new, and there is nothing between.
+
+To find and open each module by itself takes the import system longer than to run it, so the launcher reads `road.bin`
+instead. That file is for one interpreter's byte code, as any compiled file is. When the interpreter is another one by
+the time of a crash (a distribution's upgrade), or the file is not whole, the launcher imports the sources beside it: a
+slower stub, and no core lost.
 """
 
 from __future__ import annotations
@@ -17,6 +23,7 @@ import ast
 import contextlib
 import hashlib
 import json
+import marshal
 import os
 import py_compile
 import re
@@ -25,6 +32,7 @@ import stat
 import sys
 import time
 from dataclasses import dataclass
+from importlib.util import MAGIC_NUMBER
 from typing import TYPE_CHECKING, Any
 
 import forwarder
@@ -38,6 +46,9 @@ PYTHON = f"python{sys.version_info.major}.{sys.version_info.minor}"
 
 LAUNCHER = "stub.py"
 MANIFEST = "manifest.json"
+ROAD = "road.bin"
+# Where the road begins.
+STUB = "forwarder.stub"
 LIBRARY = "lib-"
 # What is not finished yet. No crash looks at such a name; the next install removes what a killed one left.
 UNFINISHED = ".new-"
@@ -52,15 +63,32 @@ MAX_TEXT = 1 << 20
 _LAUNCHER_TEXT = """\
 # Written by `core-pipe-forwarder install`, which also takes its settings from the configuration: install again to
 # change anything here. The kernel starts this file for every core dump (core_pattern, see core(5)).
-import os
+import gc
+import posix
 import sys
 
+# A stub lives for some milliseconds: a collection would look at everything, and find nothing.
+gc.disable()
 LIBRARY = {library!r}
 SETTINGS = {settings!r}
 
 # Last, so that no file of ours can ever stand in for a module of the standard library.
 sys.path.append(LIBRARY)
 try:
+    try:
+        import marshal
+        from _frozen_importlib_external import MAGIC_NUMBER
+
+        fd = posix.open(LIBRARY + "/road.bin", posix.O_RDONLY | posix.O_CLOEXEC)
+        road = posix.read(fd, posix.fstat(fd).st_size)
+        posix.close(fd)
+        if road.startswith(MAGIC_NUMBER):
+            begin, modules = marshal.loads(road[len(MAGIC_NUMBER) :])
+            exec(begin)
+    except Exception:
+        # Whatever is wrong with it: the sources are there.
+        for name in [name for name in sys.modules if name.startswith(("forwarder", "receiver"))]:
+            del sys.modules[name]
     from forwarder.stub import main
 
     status = main(SETTINGS)
@@ -72,7 +100,25 @@ except Exception as error:
         log.write(line.encode() + b"\\n")
     status = 1
 # Not sys.exit(): to take Python down costs 2 ms of a processor, which the next crash in a storm waits for.
-os._exit(status)
+posix._exit(status)
+"""
+
+# Runs the modules of road.bin among the launcher's names, which has LIBRARY, sys and modules.
+_BEGIN_TEXT = """\
+for name, path, code in modules:
+    module = type(sys)(name)
+    module.__file__ = LIBRARY + "/" + path
+    package, _, child = name.rpartition(".")
+    if path.endswith("/__init__.py"):
+        module.__package__ = name
+        # What is not in here is imported from there as ever.
+        module.__path__ = [LIBRARY + "/" + name.replace(".", "/")]
+    else:
+        module.__package__ = package
+    sys.modules[name] = module
+    exec(code, module.__dict__)
+    if package:
+        setattr(sys.modules[package], child, module)
 """
 
 
@@ -242,6 +288,57 @@ def launcher_text(library: str, settings: Mapping[str, object]) -> bytes:
     return _LAUNCHER_TEXT.format(library=library, settings=dict(settings)).encode()
 
 
+def road(code: Mapping[str, bytes]) -> bytes:
+    """Return what `road.bin` has: the modules that the stub imports at its start, compiled by this interpreter.
+
+    code: as `sources` gives it. Raises SyntaxError.
+    """
+    modules = []
+    for name, path in _imported(code, STUB):
+        tree = ast.parse(code[path], path)
+        # It speaks to the compiler, who is told here; when the module runs, it would only find and load a file.
+        tree.body = [node for node in tree.body if not _is_future(node)]
+        flags = annotations.compiler_flag
+        # Without what is for readers. A traceback has its lines from the source beside it.
+        modules.append((name, path, compile(tree, path, "exec", flags=flags, dont_inherit=True, optimize=2)))
+    begin = compile(_BEGIN_TEXT, ROAD, "exec", dont_inherit=True)
+    return MAGIC_NUMBER + marshal.dumps((begin, modules))
+
+
+def _is_future(node: ast.stmt) -> bool:
+    return isinstance(node, ast.ImportFrom) and node.module == "__future__"
+
+
+def _imported(code: Mapping[str, bytes], name: str) -> list[tuple[str, str]]:
+    """Return the modules among `code` that an import of one runs at once, and their paths, in the order of their ends.
+
+    Only imports at the left margin: what is imported within a function is rare, and what is for type checkers nothing.
+    """
+    begun: set[str] = set()
+    ended: list[tuple[str, str]] = []
+
+    def run(name: str) -> None:
+        stem = name.replace(".", "/")
+        path = next((path for path in (f"{stem}.py", f"{stem}/__init__.py") if path in code), None)
+        if path is None or name in begun:
+            return
+        begun.add(name)
+        if "." in name:
+            run(name.rpartition(".")[0])
+        for node in ast.parse(code[path], path).body:
+            if isinstance(node, ast.ImportFrom) and node.module:
+                run(node.module)
+                for alias in node.names:
+                    run(f"{node.module}.{alias.name}")
+            elif isinstance(node, ast.Import):
+                for alias in node.names:
+                    run(alias.name)
+        ended.append((name, path))
+
+    run(name)
+    return ended
+
+
 def stage(
     directory: str,
     packages: Mapping[str, str],
@@ -398,7 +495,8 @@ def _fill(directory: str, packages: Mapping[str, str], facts: Mapping[str, str])
     """Write one version of the code, sources and compiled, and its manifest into a new directory; return the latter."""
     os.mkdir(directory)
     os.chmod(directory, DIRECTORY_MODE)
-    for name, source in sources(packages).items():
+    code = sources(packages)
+    for name, source in code.items():
         path = os.path.join(directory, name)
         make_directories(os.path.dirname(path))
         _write(path, source)
@@ -420,6 +518,7 @@ def _fill(directory: str, packages: Mapping[str, str], facts: Mapping[str, str])
         os.chmod(os.path.dirname(str(compiled)), DIRECTORY_MODE)
         os.chmod(str(compiled), FILE_MODE)
         _sync(str(compiled))
+    _write(os.path.join(directory, ROAD), road(code))
     hashes = {name: hashlib.sha256(_read(os.path.join(directory, name))).hexdigest() for name in _files(directory)}
     manifest = {
         **facts,

@@ -4,17 +4,19 @@ Import budget
 -------------
 The kernel starts a Python for each crash, so each import here is paid by a process that waits in the kernel. Allowed on
 this path, and held by tests/test_stub.py: the interpreter's built-in modules (_signal, _socket, _struct, errno, fcntl,
-select, time), os with what it brings, forwarder.{stub,apart,crash,share,namespaces,rendezvous,route,handoff,handled}
-and receiver.{auxv,cgroup,protocol}. No typing, no socket, no json, no logging, no dataclasses, no third-party package.
-What is rare (a crash that nobody takes) is imported where it is needed.
+posix, select, time), forwarder.{stub,apart,crash,share,namespaces,rendezvous,route,handoff,handled} and
+receiver.{auxv,cgroup,protocol}. No os: it is posix under another name, and what it brings takes a millisecond. No
+typing, no socket, no json, no logging, no dataclasses, no third-party package. What is rare (a crash that nobody takes)
+is imported where it is needed.
 
 It runs as `python -IBS` from a staged copy (`forwarder/install.py`): isolated from the environment and from site
-packages, never writing byte code at a crash, in the directory `/`, as root in the initial namespaces.
+packages, never writing byte code at a crash, in the directory `/`, as root in the initial namespaces. The staged copy
+has the modules above, compiled, in one file (`forwarder/staging.py`).
 """
 
 from __future__ import annotations
 
-import os
+import posix
 import sys
 
 from forwarder import handled
@@ -34,18 +36,18 @@ CORE = 0
 def open_standard_streams() -> None:
     """Fill 1 and 2, which the kernel leaves closed: else the next descriptors to be opened become stdout and stderr."""
     while True:
-        fd = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+        fd = posix.open("/dev/null", posix.O_RDWR | posix.O_CLOEXEC)
         if fd > 2:
-            os.close(fd)
+            posix.close(fd)
             return
 
 
 def prefer_to_be_killed() -> None:
     """Have the kernel end stubs first when memory is short: a storm of them holds gigabytes, in nobody's cgroup."""
     try:
-        fd = os.open("/proc/self/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)
-        os.write(fd, b"1000")
-        os.close(fd)
+        fd = posix.open("/proc/self/oom_score_adj", posix.O_WRONLY | posix.O_CLOEXEC)
+        posix.write(fd, b"1000")
+        posix.close(fd)
     except OSError:
         pass
 
@@ -66,12 +68,13 @@ def deal(
     find: Callable[[], Crash],
     arguments: list[str],
     begin: Callable[[], None] | None = None,
+    make_route: Callable[..., Route] = Route,
 ) -> int:
     """Bring one crash home, or leave a record of it; returns as `main`.
 
     The core is descriptor CORE, and descriptor 1 leads to nothing. find: says who crashed; raises ValueError or
     Unidentified. arguments: what the kernel said, for the record when that is not understood. begin: what the kernel
-    waits for before it writes the core; raises ValueError or OSError.
+    waits for before it writes the core; raises ValueError or OSError. make_route: makes the Route.
     """
     crash: Crash | None = None
     tried: list[str] = []
@@ -80,7 +83,7 @@ def deal(
         crash.identify()
         if begin is not None:
             begin()
-        reason = _bring(crash, settings, tried)
+        reason = _bring(crash, settings, tried, make_route)
     except (ValueError, Unidentified) as error:
         reason = str(error)
     except Exception as error:
@@ -88,7 +91,7 @@ def deal(
         reason = f"{type(error).__name__}: {error}"
     if reason is not None:
         # Whatever comes now takes time, and the process shall not wait for it.
-        os.dup2(1, CORE)
+        posix.dup2(1, CORE)
         from forwarder import unhandled  # noqa: PLC0415 - rare
 
         unhandled.record(settings, crash, arguments, reason, tried)
@@ -96,7 +99,9 @@ def deal(
     return 0 if reason is None else 1
 
 
-def _bring(crash: Crash, settings: Mapping[str, object], tried: list[str]) -> str | None:
+def _bring(
+    crash: Crash, settings: Mapping[str, object], tried: list[str], make_route: Callable[..., Route]
+) -> str | None:
     """Return None when a receiver had it, else why none had."""
     share = Share(crash.key)
     over = share.take()
@@ -112,7 +117,7 @@ def _bring(crash: Crash, settings: Mapping[str, object], tried: list[str]) -> st
         stall_seconds=float(str(settings.get("stall_seconds", 60.0))),
     )
     handoff.tried = tried
-    route = Route(crash, seconds=connect_seconds, let_go=(CORE,))
+    route = make_route(crash, seconds=connect_seconds, let_go=(CORE,), hold=share.held())
     try:
         kept_on_host = route.host_only_because()
         if kept_on_host is not None and (route.is_container or len(route.owners) > 1):
@@ -140,6 +145,6 @@ def _bring(crash: Crash, settings: Mapping[str, object], tried: list[str]) -> st
 
 def _let_go(crash: Crash, share: Share) -> None:
     """Close the core, which ends the kernel's dump, and go on counting the one that does not end."""
-    os.dup2(1, CORE)
+    posix.dup2(1, CORE)
     if crash.still_dumps(END_SECONDS):
         share.remember(crash.pid)

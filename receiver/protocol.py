@@ -19,7 +19,7 @@ from __future__ import annotations
 import _socket
 import _struct
 import errno
-import os
+import posix
 import time
 
 VERSION = 1
@@ -137,7 +137,7 @@ class Message:
 def close_all(descriptors: list[int]) -> None:
     for fd in descriptors:
         try:
-            os.close(fd)
+            posix.close(fd)
         except OSError:
             # close(2): the descriptor is gone whatever it says.
             pass
@@ -341,5 +341,5 @@ class Channel:
             if error.errno == errno.ENOPROTOOPT:
                 return None
             raise
-        os.set_inheritable(fd, False)
+        posix.set_inheritable(fd, False)
         return fd

@@ -38,15 +38,15 @@ DEFENCES = [
     Defence(
         "H2 no link is followed at the socket",
         "forwarder/rendezvous.py",
-        "sock = os.open(NAME, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)",
-        "sock = os.open(NAME, os.O_PATH | os.O_CLOEXEC, dir_fd=directory)",
+        "sock = posix.open(NAME, posix.O_PATH | posix.O_NOFOLLOW | posix.O_CLOEXEC, dir_fd=directory)",
+        "sock = posix.open(NAME, posix.O_PATH | posix.O_CLOEXEC, dir_fd=directory)",
         "tests/test_rendezvous.py -k 'link'",
     ),
     Defence(
         "H2 no link is followed at /run",
         "forwarder/rendezvous.py",
-        "directory = os.open(DIRECTORY, os.O_PATH | os.O_NOFOLLOW | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=root)",
-        "directory = os.open(DIRECTORY, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=root)",
+        "DIRECTORY, posix.O_PATH | posix.O_NOFOLLOW | posix.O_DIRECTORY | posix.O_CLOEXEC, dir_fd=root",
+        "DIRECTORY, posix.O_PATH | posix.O_DIRECTORY | posix.O_CLOEXEC, dir_fd=root",
         "tests/test_rendezvous.py -k 'link'",
     ),
     Defence(

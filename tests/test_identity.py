@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import functools
 import os
+import posix
 import signal
 import socket
 import subprocess
@@ -145,7 +146,10 @@ class Calls:
         self._at = at
         self._action = action
         for name in self.NAMES:
-            monkeypatch.setattr(os, name, self._counted(getattr(os, name)))
+            counted = self._counted(getattr(os, name))
+            # The stub's modules know them as posix's.
+            for module in (os, posix):
+                monkeypatch.setattr(module, name, counted)
         monkeypatch.setattr(fcntl, "ioctl", self._counted(fcntl.ioctl))
 
     def _counted(self, real: Callable[..., Any]) -> Callable[..., Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import marshal
 import os
 import shutil
 import signal
@@ -13,12 +14,14 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import replace
+from importlib.util import MAGIC_NUMBER
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from forwarder import __version__, cli, ingress, install, staging
+from forwarder import __version__, cli, ingress, install, ledger_unit, staging
 from forwarder.install import LIMIT, PATTERN, SUID, Paths, Place, core_pattern, read_sysctl, write_sysctl
+from forwarder.ledger.book import BOOK, Book
 from forwarder.staging import InstallError
 from forwarder.status import status
 from tests.support.machine import exclusive, why_unavailable
@@ -45,7 +48,9 @@ def main(settings):
         size += len(part)
     with open(settings["store"] + b".new", "w") as file:
         file.write(repr({
-            "arguments": sys.argv[1:], "size": size, "path": sys.path, "file": __file__, "cached": __cached__,
+            "arguments": sys.argv[1:], "size": size, "path": sys.path, "file": __file__,
+            # What the import system says of a module that it found itself.
+            "cached": globals().get("__cached__"),
             "flags": (sys.flags.isolated, sys.flags.dont_write_bytecode, sys.flags.no_site),
             "loaded": sorted(sys.modules), "settings": settings, "pidfd": os.path.exists("/proc/self/fd/3"),
         }))
@@ -286,9 +291,38 @@ class TestCrash:
         assert not any(path.startswith(machine.prefix) for path in seen["path"][:-1])
         assert seen["flags"] == (1, 1, 1)
         assert seen["file"] == f"{library}/forwarder/stub.py"
-        assert os.path.exists(seen["cached"])
+        assert seen["cached"] is None, "it was not read from road.bin"
         assert not {"site", "json", "argparse"} & set(seen["loaded"])
         assert seen["settings"] == install.stub_settings(machine)
+
+    @pytest.mark.parametrize("damage", ["another magic", "missing", "empty", "cut", "no code", "fails half-way"])
+    def test_a_road_that_does_not_fit_costs_no_core(self, machine: Paths, damage: str) -> None:
+        """An upgrade of the interpreter comes without asking us; its byte code is another one."""
+        install.install(machine)
+        road = os.path.join(staging.read_staged(machine.persistent.code).library, staging.ROAD)
+        with open(road, "rb") as file:
+            whole = file.read()
+        magic, code = whole[: len(MAGIC_NUMBER)], whole[len(MAGIC_NUMBER) :]
+        begin, modules = marshal.loads(code)
+        assert [name for name, _, _ in modules] == ["forwarder", "forwarder.stub"]
+        broken = compile("gone", "stub.py", "exec")
+        contents = {
+            # And what is behind it may be anything to this interpreter.
+            "another magic": b"\x01\x02\r\n" + marshal.dumps((compile("while True: pass", "", "exec"), [])),
+            "empty": b"",
+            "cut": whole[: len(whole) // 2],
+            "no code": magic + marshal.dumps(1),
+            "fails half-way": magic
+            + marshal.dumps((begin, [modules[0], ("forwarder.stub", "forwarder/stub.py", broken)])),
+        }
+        os.unlink(road)
+        if damage in contents:
+            with open(road, "wb") as file:
+                file.write(contents[damage])
+        crash()
+        seen: dict[str, Any] = eval(read(f"{machine.prefix}/crash"))
+        assert seen["size"] > 4096
+        assert os.path.exists(seen["cached"])
 
     def test_a_stub_that_cannot_start_is_heard_of(self, machine: Paths) -> None:
         write(f"{machine.prefix}/src/forwarder/stub.py", "raise RuntimeError('gone\\nmad')")
@@ -430,6 +464,7 @@ class TestStatus:
             "version": {"staged": __version__, "current": __version__},
             "features": found.features,
             "host_receiver": True,
+            "ledger": {"watched": False, "since": None, "lost": 0, "passed": 0, "unclear": 0},
             "problems": [],
         }
 
@@ -441,6 +476,7 @@ class TestStatus:
             ("sed -i 's/^SETTINGS.*/SETTINGS = os.system/' {code}/stub.py", "stub.py is not as it was installed"),
             ("cd {code}/lib-* && echo >> forwarder/stub.py", "forwarder/stub.py is not as it was installed"),
             ("cd {code}/lib-*/forwarder && echo | tee -a __pycache__/stub.*.pyc", ".pyc is not as it was installed"),
+            ("cd {code}/lib-* && echo >> road.bin", "road.bin is not as it was installed"),
             ("cd {code}/lib-* && echo >> json.py", "json.py was added"),
             ("rm {code}/lib-*/receiver/__init__.py", "receiver/__init__.py is missing"),
             ("cd {code}/lib-* && echo >> manifest.json", "manifest.json is not as it was installed"),
@@ -547,16 +583,31 @@ class TestStatus:
 
 
 class Systemd:
-    """What systemd does with the two units, as far as `install` sees it; and what was asked of it."""
+    """What systemd does with the units, as far as `install` sees it; and what was asked of it."""
 
     def __init__(self, paths: Paths) -> None:
         self.paths = paths
         self.asked: list[str] = []
         self.listener: socket.socket | None = None
         self.broken = False
+        self.book: Book | None = None
+
+    def watch(self, *, watching: bool) -> None:
+        """Be the ledger's service, or not any more; its book would stay, and so would tell nothing of `uninstall`."""
+        if self.book is not None:
+            self.book.close()
+            for path in (self.book.path, f"{self.book.path}.lock"):
+                os.unlink(path)
+            staging.remove_empty(os.path.dirname(self.book.path))
+        self.book = None
+        if watching:
+            self.book = Book(self.paths.at(BOOK))
+            self.book.open()
 
     def __call__(self, *arguments: str) -> None:
         self.asked.append(" ".join(arguments))
+        if arguments[-1] == ledger_unit.UNIT and arguments[0] in ("start", "disable"):
+            self.watch(watching=arguments[0] == "start")
         if arguments == ("start", ingress.SOCKET_UNIT):
             if self.broken:
                 raise InstallError("systemctl start failed", "see journalctl -xe")

@@ -86,6 +86,12 @@ def run(field: Field, results: Results, *, rounds: int, storms: bool) -> None:
                 if number:
                     results.samples.setdefault((kind.key, key), []).append(sample)
         _tell(results, kind.title)
+    if PIPE in field.ways and (small := [kind for kind in results.kinds if kind.key == "small"]):
+        try:
+            results.steps = measure.steps(field, small[0], min(rounds, ROUNDS["small"][results.quick]))
+        except (RuntimeError, TimeoutError, OSError) as error:
+            _failed(results, f"what each millisecond is: {error}")
+        _tell(results, "what each millisecond is")
     if any(kind.key == "random" for kind in results.kinds) and {PIPE, SOCKET} & field.ways.keys():
         results.memory = measure.memory(field, next(kind for kind in results.kinds if kind.key == "random"))
     if not storms:

@@ -5,16 +5,23 @@ from __future__ import annotations
 import hashlib
 import os
 import subprocess
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tests.support import crashers, processes
+from forwarder import staging
+from forwarder.install import FLAGS
+from tests.bench.ways import PIPE
+from tests.support import crashers, mounts, processes, receivers
+from tests.support.containers import PlainContainer
 from tests.support.crash import start_crash
+from tests.support.waiting import read_line
 
 if TYPE_CHECKING:
     from tests.bench.ways import Field, Way
+    from tests.support.containers import Container
 
 MIB, GIB = 1 << 20, 1 << 30
 PATIENCE_SECONDS = 120.0
@@ -130,6 +137,66 @@ def at_once(way: Way, count: int) -> Storm:
     found = Storm(count, len(way.cores()), (reaped - begun) / 1e9, (max(last, reaped) - begun) / 1e9)
     way.empty()
     return found
+
+
+# The stages of one crash by the pipe, as far as each of them goes: what `steps` measures, in the order of time.
+STAGES = ("helper", "python", "modules", "connected", "offered", "passed", "read", "kept")
+
+
+def steps(field: Field, kind: Kind, rounds: int) -> dict[str, list[float]]:
+    """Return the milliseconds from just before the fault to each stage of a crash by the pipe, by STAGES.
+
+    Three are helpers that end early, so their ends are looked at from outside: one that does nothing, an interpreter
+    that does nothing, and the stub's launcher that goes no further than its imports. Three are told by a receiver that
+    only reads; and two are the ends of crashes whose core was read, and kept.
+    """
+    forwarder = field.forwarders[PIPE]
+    machine = forwarder.machine
+    python = staging.interpreter()
+    found: dict[str, list[float]] = {stage: [] for stage in STAGES}
+    with PlainContainer() as container, tempfile.TemporaryDirectory(prefix="cp-", dir="/tmp") as directory:
+        nothing, imports = os.path.join(directory, "nothing.py"), os.path.join(directory, "imports.py")
+        Path(nothing).write_text("import posix\n\nposix._exit(0)\n", encoding="ascii")
+        launcher = Path(forwarder.paths.runtime.launcher).read_text(encoding="utf-8")
+        Path(imports).write_text(launcher.replace("status = main(SETTINGS)", "status = 0"), encoding="utf-8")
+        helpers = {
+            "helper": "|/bin/true",
+            "python": f"|{python} {FLAGS} {nothing}",
+            "modules": f"|{python} {FLAGS} {imports}",
+        }
+        command = [os.path.join(receivers.BIN, "python"), "-m", "tests.bench.reader", receivers.SOCKET, "--times"]
+        reader = container.popen(command, env={"PYTHONPATH": mounts.CHECKOUT}, stdout=subprocess.PIPE)
+        try:
+            assert reader.stdout is not None
+            says = reader.stdout.fileno()
+            assert read_line(says, 20, "the reader listens") == b"ready\n"
+            for number in range(rounds + 1):
+                row = {}
+                for stage, pattern in helpers.items():
+                    field.ways[PIPE].arm()
+                    machine.core_pattern = pattern
+                    row[stage] = _reaped(container, kind)[1]
+                field.ways[PIPE].arm()
+                crashed, row["read"] = _reaped(container, kind)
+                told = read_line(says, 20, "the reader has read").split()
+                for stage, at in zip(("connected", "offered", "passed"), told, strict=True):
+                    row[stage] = (int(at) - crashed) / 1e6
+                row["kept"] = once(field.ways[PIPE], kind).reap_ms
+                # The first round is for what comes from the disk.
+                for stage, milliseconds in row.items():
+                    if number:
+                        found[stage].append(milliseconds)
+        finally:
+            reader.end()
+    return found
+
+
+def _reaped(container: Container, kind: Kind) -> tuple[int, float]:
+    """Crash one process. Returns when it did (CLOCK_MONOTONIC, ns), and the milliseconds until it was reaped."""
+    with start_crash(container, *kind.arguments, crasher=kind.program) as crashing:
+        crashing.go()
+        end = crashing._process.reaped(PATIENCE_SECONDS)
+    return end["crash_ns"], (end["reaped_ns"] - end["crash_ns"]) / 1e6
 
 
 def memory(field: Field, kind: Kind) -> dict[str, int]:

@@ -19,6 +19,24 @@ if TYPE_CHECKING:
 MIB = 1 << 20
 ORDER = tuple(TITLES)
 COLOURS = {"kernel": "#7f7f7f", "systemd": "#d08770", "socket": "#2a6f97", "pipe": "#61a5c2"}
+# `measure.STAGES`: what the step before each is, and why it takes what it takes.
+STAGES = {
+    "helper": """the kernel's own: stopping the process's threads and starting a helper, here `/bin/true`, which does
+  nothing.""",
+    "python": """an interpreter: `python3 -IBS` that ends at once. Its libraries, its built-in types, the search for its
+  own files, its codecs: nothing of it is ours, and no option makes it shorter. The kernel's socket is the way around
+  it.""",
+    "modules": """the stub's modules: one file of compiled code, and those C modules that are built into Python.""",
+    "connected": """the way to the receiver: who crashed, by descriptors that cannot become another's; its container's
+  share of the kernel's slots; which receivers may have the core; and a process apart that walks to the socket, so that
+  a file system which never answers holds nobody. To start that process is half of this step.""",
+    "offered": """the offer: who listens there, the crashed process's environment (which the process apart reads
+  meanwhile), and the last look at its identity.""",
+    "passed": """the answer: the receiver's acceptance, a note of it, and the descriptor on its way.""",
+    "read": """reading: the kernel's dump through the pipe, by a receiver that does nothing else, until the reap.""",
+    "kept": """keeping: what our own receiver does more, a process of its own without capabilities, its checks, what
+  it makes of the core, and the file.""",
+}
 # Those of which a reader has to know that nothing is kept.
 DISCARDS = (SOCKET_DISCARD, PIPE_DISCARD)
 
@@ -31,6 +49,8 @@ class Results:
     quick: bool
     samples: dict[tuple[str, str], list[Sample]] = field(default_factory=dict)
     storms: dict[tuple[int, str], list[Storm]] = field(default_factory=dict)
+    # Milliseconds from the crash to each of STAGES, a number for each round.
+    steps: dict[str, list[float]] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     failed: list[str] = field(default_factory=list)
@@ -208,6 +228,7 @@ def document(results: Results) -> str:
             )
         lines += [f"### {kind.title}", ""]
         lines += [*table(["Way", "Crash to reap, ms", "Kernel's file = 1", "Crash to complete, ms", "On disk"], rows)]
+    lines += steps(results)
     lines += [
         "## Many at once",
         "",
@@ -241,6 +262,29 @@ def document(results: Results) -> str:
     lines += ["## Again", "", "```sh", "make bench                        # as root or with sudo; a quarter of an hour"]
     lines += ["make bench BENCH_ARGS='--quick'   # a trial, which leaves these files as they are", "```"]
     return "\n".join(lines) + "\n"
+
+
+def steps(results: Results) -> list[str]:
+    """Return the section that takes one crash by the pipe apart."""
+    if not all(results.steps.get(stage) for stage in STAGES):
+        return []
+    rows = []
+    before = 0.0
+    for stage, text in STAGES.items():
+        until = statistics.median(results.steps[stage])
+        rows.append([text.partition(":")[0], f"{until - before:.1f}", spread(results.steps[stage])])
+        before = until
+    return [
+        "## What each millisecond is",
+        "",
+        "One crash of a small program by the pipe, from just before the fault, in the order of time. A step is the",
+        "difference of two medians; the first three are of helpers that end there, and have that end in their figure,",
+        "some tenths. With the kernel's socket there is no step for the interpreter and its modules.",
+        "",
+        *table(["Step", "ms", "Until its end, ms"], rows),
+        *(f"- {text}" for text in STAGES.values()),
+        "",
+    ]
 
 
 def picture(results: Results, path: Path) -> None:
