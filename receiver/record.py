@@ -99,7 +99,10 @@ class Record(_Fields):
     received: when the offer came. core_limit: soft RLIMIT_CORE in bytes, None for unlimited. dumpable: %d of core(5).
     tried: receivers that were asked before this one and did not take it. signature: the same for the same bug; frames:
     what it was made from, `module+offset`, the innermost first; seen: so many times within same_seconds, this one
-    included. build_id: the program's, in hex. threads: how many it had. Facts that could not be read are None.
+    included. build_id: the program's, in hex. threads: how many it had. container: "engine:name", as the host sees it.
+    unit: of systemd's, that it belonged to. package: that its program came in. open_files: "fd: target". mappings: as
+    lines of proc_pid_maps(5). journal: the unit's last lines. backtrace: a debugger's lines, backtrace_by: which one's.
+    Facts that could not be read, or that the settings leave out, are None.
     """
 
     id: str
@@ -137,6 +140,14 @@ class Record(_Fields):
     frames: list[str] | None = None
     build_id: str | None = None
     threads: int | None = None
+    container: str | None = None
+    unit: str | None = None
+    package: dict[str, str] | None = None
+    open_files: list[str] | None = None
+    mappings: list[str] | None = None
+    journal: list[str] | None = None
+    backtrace: list[str] | None = None
+    backtrace_by: str | None = None
     version: int = 1
 
     def __init__(self, **values: Any) -> None:
