@@ -7,12 +7,13 @@ quota throttles this cgroup (cpu.stat, cgroups(7)) frames are stored as they are
 from __future__ import annotations
 
 import os
-import queue
-import threading
+from _queue import SimpleQueue
+from _thread import allocate_lock
 from collections import deque
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import threading
     from typing import Any
 
     from receiver.frames import Bytes, CoreFile
@@ -69,7 +70,7 @@ class Task:
         self.label = label
         self.parts: list[Bytes] = []
         self.error: BaseException | None = None
-        self.pressed = threading.Lock()
+        self.pressed = allocate_lock()
         self.pressed.acquire()
 
 
@@ -87,7 +88,7 @@ class Press:
         self._spare = threads + 2 if threads else 1
         self._free: list[bytearray] = []
         self._pending: deque[Task] = deque()
-        self._queue: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
+        self._queue: SimpleQueue[Task | None] = SimpleQueue()
         # They start with the third frame: smaller cores are pressed before a thread would run.
         self._wanted = threads
         self._threads: list[threading.Thread] = []
@@ -134,6 +135,9 @@ class Press:
         if self._alone:
             self._alone -= 1
             return False
+        if self._wanted:
+            # Not at the top: most cores have no third frame, and a service that waits holds it resident.
+            import threading  # noqa: PLC0415
         while self._wanted:
             self._wanted -= 1
             thread = threading.Thread(target=self._work, daemon=True)

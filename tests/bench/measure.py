@@ -203,7 +203,8 @@ def memory(field: Field, kind: Kind) -> dict[str, int]:
     """Return the most bytes that each part of ours had resident, shared libraries included (VmHWM)."""
     found: dict[str, int] = {}
     for name, pid in field.residents.items():
-        found[f"{name}, idle"] = _status(pid, "VmRSS")
+        # With what the worker that stands ready has of its own.
+        found[f"{name}, idle"] = _status(pid, "VmRSS") + sum(map(_private, processes.children(pid)))
     for ingress, forwarder in field.forwarders.items():
         if forwarder.service is not None:
             found["socket service, idle"] = _status(forwarder.service.pid, "VmRSS")
@@ -245,6 +246,12 @@ def _status(pid: int, name: str) -> int:
         return 0
     lines = [line for line in text.split("\n") if line.startswith(f"{name}:")]
     return int(lines[0].split()[1]) * 1024 if lines else 0
+
+
+def _private(pid: int) -> int:
+    """Return the bytes that a process does not share with the one that it was forked from."""
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii")
+    return sum(int(line.split()[1]) * 1024 for line in text.split("\n") if line.startswith("Private_"))
 
 
 def _command_line(pid: int) -> bytes:
