@@ -16,6 +16,7 @@ from receiver.protocol import (
     ACCEPT,
     CORE,
     DONE,
+    FIRST_OPTIONAL_KIND,
     OFFER,
     REFUSE,
     VERSION,
@@ -42,6 +43,8 @@ WATCH_SECONDS = 1.0
 LEAST_RATE = 256 << 10
 # Where progress cannot be seen, the whole core has so many times the deadline for no progress.
 UNACCOUNTED = 10
+# After a message that is skipped.
+SKIP_SECONDS = 0.01
 # From "done" to the end of the process: it only has to give its memory back.
 END_SECONDS = 2.0
 # systemd closes a connection above MaxConnections= at once, and logs it: between two tries others come to their end.
@@ -204,16 +207,23 @@ class Handoff:
             raise Lost("its receiver said that it was done and kept the core's descriptor")
 
     def _result(self, channel: Channel) -> int | None:
-        """Return the kind of the message that came, None when it was one of those to skip. Raises Lost."""
+        """Return the kind of the message that comes, None when it was one of those to skip. Raises Lost.
+
+        What has begun is read to its end, or the next look would take the rest of it for a header: an honest receiver
+        that was held up in the middle of a message would lose its core.
+        """
         try:
-            answer = channel.receive(time.monotonic() + WATCH_SECONDS)
-        except TimeoutError:
-            return None
+            answer = channel.receive_any(time.monotonic() + self.connect_seconds)
         except (ProtocolError, OSError) as error:
+            # TimeoutError is one.
             self._end()
             raise Lost(f"its receiver ended without a result after it had the core ({error})") from None
         answer.close()
-        return answer.kind
+        if answer.kind < FIRST_OPTIONAL_KIND:
+            return answer.kind
+        # Who talks without end must not keep a processor of the host busy.
+        time.sleep(SKIP_SECONDS)
+        return None
 
     def _end(self) -> None:
         """Kill the crashed process, which is what frees its slot whoever still holds the descriptor."""

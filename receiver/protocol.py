@@ -276,13 +276,14 @@ class Channel:
         Raises ProtocolError, PeerGone, TimeoutError, OSError; no descriptor stays open then.
         """
         for _ in range(MAX_SKIPPED):
-            message = self._receive_one(deadline)
+            message = self.receive_any(deadline)
             if message.kind < FIRST_OPTIONAL_KIND:
                 return message
             message.close()
         raise ProtocolError("only messages of unknown kinds")
 
-    def _receive_one(self, deadline: float) -> Message:
+    def receive_any(self, deadline: float) -> Message:
+        """Receive one message, which may be one to skip (FIRST_OPTIONAL_KIND). Otherwise as `receive`."""
         descriptors: list[int] = []
         try:
             header, head_credentials = self._receive_exactly(_HEADER.size, descriptors, deadline)

@@ -94,11 +94,12 @@ def test_a_worker_that_writes_can_do_nothing_else(forwarder: Forwarder, user_nam
                     assert re.search(r"Max core file size +1 ", file.read()), "its own crash would be dumped"
             held = [set(targets.values()) for targets in workers.values()]
             common = held[0] & held[1]
-            # Its own: the core's pipe or socket, the connection, the core's file, the lock on its record.
+            # Its own: the core's pipe or socket, the connection, the core's file, the lock on its record, and the pipe
+            # of its own into which a large core comes.
             for targets in workers.values():
                 own = {number: target for number, target in targets.items() if target not in common}
                 assert sorted(re.sub(r"[:.0-9].*", "", os.path.basename(target)) for target in own.values()) == sorted(
-                    [forwarder.ingress, "socket", "", ""]
+                    [forwarder.ingress, "socket", "", "", "pipe", "pipe"]
                 ), own
             # In common: the standard streams and the store, and nothing of the service's.
             assert common - {target for number, target in service_holds.items() if number <= 2} == {STORE}

@@ -163,7 +163,7 @@ def test_a_receiver_that_takes_the_core_and_does_not_finish(
     assert list_records(container, STORE) == []
 
 
-@pytest.mark.parametrize("mode", ["slow", "chatter"])
+@pytest.mark.parametrize("mode", ["slow", "chatter", "halting"])
 def test_an_honest_slow_receiver_is_not_cut(forwarder: Forwarder, container: PlainContainer, mode: str) -> None:
     """Progress counts: 8 MiB at 64 KiB each 50 ms take longer than the deadline for no progress."""
     before = len(forwarder.records())

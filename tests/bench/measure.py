@@ -17,7 +17,7 @@ from tests.bench.ways import PIPE
 from tests.support import crashers, mounts, processes, receivers
 from tests.support.containers import PlainContainer
 from tests.support.crash import start_crash
-from tests.support.waiting import read_line
+from tests.support.waiting import read_line, wait_until
 
 if TYPE_CHECKING:
     from tests.bench.ways import Field, Way
@@ -203,7 +203,8 @@ def memory(field: Field, kind: Kind) -> dict[str, int]:
     """Return the most bytes that each part of ours had resident, shared libraries included (VmHWM)."""
     found: dict[str, int] = {}
     for name, pid in field.residents.items():
-        # With what the worker that stands ready has of its own.
+        # With what the worker that stands ready has of its own; one that still syncs a core is not idle.
+        wait_until(lambda pid=pid: not processes.serving(pid), PATIENCE_SECONDS, "the workers have ended")
         found[f"{name}, idle"] = _status(pid, "VmRSS") + sum(map(_private, processes.children(pid)))
     for ingress, forwarder in field.forwarders.items():
         if forwarder.service is not None:

@@ -15,6 +15,7 @@ Modes::
     lie           takes the core, reads nothing, and says done
     slow          reads 64 KiB each 50 ms: slow, but honest
     chatter       the same, and says things in between that are to be skipped
+    halting       the same, and is held up in the middle of one, for longer than the forwarder looks at a time
     descriptor    accepts with a descriptor that nobody asked for, and takes the core
 """
 
@@ -98,17 +99,23 @@ def take(channel: protocol.Channel, core: int, mode: str, deadline: float) -> No
     while mode == "drip" and os.read(core, 1):
         time.sleep(1)
     blocks = 0
-    while mode in ("keep", "fork-keep", "slow", "chatter", "descriptor") and os.read(core, 65536):
+    while mode in ("keep", "fork-keep", "slow", "chatter", "halting", "descriptor") and os.read(core, 65536):
         blocks += 1
         if mode == "chatter" and blocks % 10 == 0:
             channel.send(200, {"so_far": b"so good"}, deadline)
-        if mode in ("slow", "chatter"):
+        if mode == "halting" and blocks == 10:
+            fields = {"so_far": b"so good"}
+            body = protocol.encode_fields(fields)
+            channel._sock.sendall(protocol.encode_header(200, fields, body))
+            time.sleep(1.5)
+            channel._sock.sendall(body)
+        if mode in ("slow", "chatter", "halting"):
             time.sleep(0.05)
-    if mode in ("slow", "chatter", "descriptor"):
+    if mode in ("slow", "chatter", "halting", "descriptor"):
         os.close(core)
     if mode == "fork-keep" and os.fork() == 0:
         time.sleep(LONG)
-    if mode in ("keep", "lie", "slow", "chatter", "descriptor", "fork-keep"):
+    if mode in ("keep", "lie", "slow", "chatter", "halting", "descriptor", "fork-keep"):
         channel.send(protocol.DONE, {"state": b"stored", "size": b"1"}, deadline)
     if mode == "fork-keep":
         os._exit(0)
