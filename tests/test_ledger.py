@@ -35,6 +35,7 @@ from forwarder.ledger.judge import judge
 from forwarder.ledger.notes import Note, Notes, parse_notes
 from forwarder.ledger.watch import Watcher
 from forwarder.proc_events import Dump, ProcEvents
+from forwarder.quota.events import NETLINK_GENERIC, kernel_tells
 from forwarder.staging import InstallError
 from forwarder.status import status
 from tests.support import manager, processes
@@ -384,6 +385,17 @@ def inaccessible_nodes() -> Iterator[None]:
         yield
 
 
+def joined_groups(pid: int, protocol: int) -> int:
+    """How many of a process's netlink sockets listen to a group."""
+    sockets = set()
+    for fd in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(OSError):
+            sockets.add(os.readlink(f"/proc/{pid}/fd/{fd}"))
+    # sk Eth Pid Groups Rmem Wmem Dump Locks Drops Inode
+    rows = [line.split() for line in Path(f"/proc/{pid}/net/netlink").read_text(encoding="ascii").splitlines()[1:]]
+    return sum(int(row[1]) == protocol and int(row[3], 16) != 0 and f"socket:[{row[9]}]" in sockets for row in rows)
+
+
 @pytest.mark.system
 @needs_kernel
 @pytest.mark.skipif(manager.why_unavailable() is not None, reason=str(manager.why_unavailable()))
@@ -429,6 +441,8 @@ def test_the_service_under_systemd(tmp_path: Path) -> None:
         status = Path(f"/proc/{sandboxed}/status").read_text(encoding="ascii")
         assert "Seccomp:\t2" in status
         assert "NoNewPrivs:\t1" in status
+        # The sandbox lets it hear of quotas, too.
+        assert not kernel_tells() or joined_groups(sandboxed, NETLINK_GENERIC) == 1
         fed = systemd.show(unit, "WatchdogTimestampMonotonic")
 
         def lost() -> set[int]:
@@ -751,13 +765,19 @@ def test_which_record_is_whose() -> None:
     stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(at))
     before = time.strftime("%Y%m%dT%H%M%S", time.gmtime(at - 60))
 
-    def search(*names: str) -> str:
-        (found,) = stores.search(names, [crash])
+    def search(*names: str, depth: int = 1) -> str:
+        (found,) = stores.search(names, [crash], depth)
         return found
 
     assert search() == "nothing"
     assert search(f"{stamp}-000000-17-0123abcd.json") == "found"
-    assert search(f"{stamp}-000000-4000-0123abcd.json") == "found"
+    # Its number on the host is another's in the container, and the other way round.
+    assert search(f"{stamp}-000000-4000-0123abcd.json") == "nothing"
+    assert search(f"{stamp}-000000-4000-0123abcd.json", depth=0) == "found"
+    assert search(f"{stamp}-000000-17-0123abcd.json", depth=0) == "nothing"
+    # A receiver that is deeper than the process does not see it.
+    assert search(f"{stamp}-000000-17-0123abcd.json", depth=2) == "nothing"
+    assert search(f"{stamp}-000000-0-0123abcd.json", depth=2) == "unseen"
     # One that is being written.
     assert search(f".{stamp}-000000-17-0123abcd.json") == "found"
     assert search(f"{before}-000000-17-0123abcd.json", f"{stamp}-000000-18-0123abcd.json") == "nothing"
@@ -772,7 +792,7 @@ def test_which_record_is_whose() -> None:
 def test_what_a_container_may_show_for_its_store(tmp_path: Path) -> None:
     """Links lead nowhere, what is no store is not seen, and whoever hangs is left behind."""
     at = time.time()
-    crash = stores.wanted("17", at)
+    crash = stores.wanted("4000 17", at)
     name = time.strftime("%Y%m%dT%H%M%S-000000-17-0123abcd.json", time.gmtime(at))
     (tmp_path / name).touch()
     with PlainContainer() as container:
@@ -841,5 +861,5 @@ def test_a_book_has_bounds() -> None:
 
 
 def test_times() -> None:
-    assert ledger_command._moment("1970-01-01T00:00:07Z") == 7
-    assert abs(ledger_command._moment("2h") - (time.time() - 7200)) < 60
+    assert ledger_command.moment("1970-01-01T00:00:07Z") == 7
+    assert abs(ledger_command.moment("2h") - (time.time() - 7200)) < 60

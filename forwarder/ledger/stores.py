@@ -4,8 +4,9 @@ The host's store is read here. A container's is behind its own file systems, whi
 its own looks there (this file, as a script), holds nothing of ours, and is left behind when it does not come back.
 What it says decides about that container's own crashes, and nothing else.
 
-A receiver names a record by the time at which the crash came to it and by the pid that the process has there, which is
-one of those that the kernel knows it by (`receiver/record.py`: new_id). A record that is being written counts: who has
+A receiver names a record by the time at which the crash came to it and by the pid that the process has in the
+receiver's own pid namespace (`receiver/record.py`: new_id). Only that one counts: as likely as not, what is a process's
+number on the host is another's in the container. A record that is being written counts: who has
 begun one leaves one, whatever happens (`receiver/store.py`: Store.begin).
 """
 
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
     import subprocess
     from collections.abc import Iterable, Sequence
 
-    # Its pids, and the stamps of ids before and after which a record is another's.
-    Wanted = tuple[frozenset[str], str, str]
+    # Its pids, the host's first and its own last, and the stamps of ids before and after which a record is another's.
+    Wanted = tuple[tuple[str, ...], str, str]
 
 DEFAULT = "/var/lib/core_pipe"
 SETTINGS = "/etc/core_pipe/receiver.toml"
@@ -52,15 +53,18 @@ _STORE_SETTING = re.compile(rb"^\s*store\s*=\s*[\"']([^\"'\\\n]+)[\"']", re.MULT
 
 
 def wanted(pids: str, at: float) -> Wanted:
-    """Return what to look for. at: seconds since the epoch, of the crash."""
+    """Return what to look for. pids: from the host's on inwards. at: seconds since the epoch, of the crash."""
     first, last = (
         time.strftime("%Y%m%dT%H%M%S", time.gmtime(seconds)) for seconds in (at - CLOCK_SECONDS, at + ASKING_SECONDS)
     )
-    return frozenset(pids.split()), first, last
+    return tuple(pids.split()), first, last
 
 
-def search(names: Iterable[str], crashes: Sequence[Wanted]) -> list[str]:
-    """Return for each crash whether one of these names is that of its record."""
+def search(names: Iterable[str], crashes: Sequence[Wanted], depth: int) -> list[str]:
+    """Return for each crash whether one of these names is that of its record.
+
+    depth: of the pid namespace of whoever named them, 0 for the host's.
+    """
     found = [NOTHING] * len(crashes)
     for name in names:
         match = _ID.fullmatch(name)
@@ -70,7 +74,7 @@ def search(names: Iterable[str], crashes: Sequence[Wanted]) -> list[str]:
         for index, (pids, first, last) in enumerate(crashes):
             if not first <= stamp <= last:
                 continue
-            if pid in pids:
+            if pid in pids[depth : depth + 1]:
                 found[index] = FOUND
             elif pid == "0" and found[index] == NOTHING:
                 # Of a process that the receiver did not see: it may be this one's.
@@ -81,7 +85,7 @@ def search(names: Iterable[str], crashes: Sequence[Wanted]) -> list[str]:
 def in_host(store: str, crashes: Sequence[Wanted]) -> list[str]:
     """Return for each crash whether the host's store has a record of it."""
     try:
-        return search(os.listdir(store), crashes)
+        return search(os.listdir(store), crashes, 0)
     except FileNotFoundError:
         # The first record makes it.
         return [NOTHING] * len(crashes)
@@ -105,7 +109,7 @@ class Look:
         self._deadline = time.monotonic() + seconds
         self._said = b""
         # In a pipe there is room for it at once, up to some thousand crashes.
-        asked = json.dumps([[sorted(pids), first, last] for pids, first, last in crashes]).encode("ascii")
+        asked = json.dumps(crashes).encode("ascii")
         command = [sys.executable, "-IS", __file__, str(listener), str(noted)]
         ask, asking = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._answer, answering = os.pipe2(os.O_CLOEXEC)
@@ -160,6 +164,8 @@ def _look(listener: int, noted: int, crashes: Sequence[Wanted]) -> list[str]:
     asleep = time.clock_gettime_ns(time.CLOCK_BOOTTIME) - time.monotonic_ns()
     if started > (noted + asleep) * os.sysconf("SC_CLK_TCK") // 10**9 + 1:
         raise ValueError("it is another process")
+    # proc_pid_status(5): its pids from the reader's namespace on inwards.
+    depth = len(_read(process, "status").partition(b"\nNStgid:")[2].partition(b"\n")[0].split()) - 1
     root = os.open("root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=process)
     store = _walk(root, _store(process, root), os.O_RDONLY)
     names = []
@@ -168,7 +174,7 @@ def _look(listener: int, noted: int, crashes: Sequence[Wanted]) -> list[str]:
             names.append(entry.name)
             if len(names) > MAX_NAMES:
                 raise ValueError("there are too many names")
-    return search(names, crashes)
+    return search(names, crashes, depth)
 
 
 def _store(process: int, root: int) -> str:
@@ -216,7 +222,7 @@ def _read(directory: int, name: str) -> bytes:
 
 def main() -> None:
     """Be the program that looks. Whatever goes wrong there is that nothing was seen."""
-    asked = [(frozenset(pids), first, last) for pids, first, last in json.load(sys.stdin)]
+    asked = [(tuple(pids), first, last) for pids, first, last in json.load(sys.stdin)]
     try:
         found = _look(int(sys.argv[1]), int(sys.argv[2]), asked)
     except (OSError, ValueError):
