@@ -329,6 +329,27 @@ DEFENCES = [
         "*known",
         "tests/test_reduced.py -k last_values",
     ),
+    Defence(
+        "samples that were wrong once are not asked again",
+        "receiver/frames.py",
+        "self._believed = self._believed and dense",
+        "pass",
+        "tests/test_capture.py",
+    ),
+    Defence(
+        "what a receiver began to say is read to its end",
+        "forwarder/handoff.py",
+        "channel.receive_any(time.monotonic() + self.connect_seconds)",
+        "channel.receive_any(time.monotonic() + WATCH_SECONDS)",
+        "tests/test_fallback.py -k halting",
+    ),
+    Defence(
+        "a handler that was killed after it had asked is looked up in the store",
+        "forwarder/ledger/stores.py",
+        "found[index] = FOUND",
+        "pass",
+        "tests/test_ledger.py -k 'which_record or exactly'",
+    ),
 ]
 
 
