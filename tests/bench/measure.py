@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -204,7 +205,7 @@ def memory(field: Field, kind: Kind) -> dict[str, int]:
     found: dict[str, int] = {}
     for name, pid in field.residents.items():
         # With what the worker that stands ready has of its own; one that still syncs a core is not idle.
-        wait_until(lambda pid=pid: not processes.serving(pid), PATIENCE_SECONDS, "the workers have ended")
+        wait_until(partial(_is_idle, pid), PATIENCE_SECONDS, "the workers have ended")
         found[f"{name}, idle"] = _status(pid, "VmRSS") + sum(map(_private, processes.children(pid)))
     for ingress, forwarder in field.forwarders.items():
         if forwarder.service is not None:
@@ -213,6 +214,10 @@ def memory(field: Field, kind: Kind) -> dict[str, int]:
             if (way := field.ways.get(ingress + suffix)) is not None:
                 _watch(way, kind, field, found)
     return found
+
+
+def _is_idle(receiver: int) -> bool:
+    return not processes.serving(receiver)
 
 
 def _watch(way: Way, kind: Kind, field: Field, found: dict[str, int]) -> None:
