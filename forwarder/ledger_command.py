@@ -44,18 +44,23 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_options(command)
+    command.add_argument("--watch", action="store_true", help="be the watcher, until SIGTERM")
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    """Add what all commands have that show something of the book."""
     command.add_argument("--json", action="store_true", help="for programs")
     command.add_argument(
         "--since",
-        type=_moment,
+        type=moment,
         default=0.0,
         metavar="TIME",
         help="only from then on: 12h, 30d, or a time as 2026-11-22T21:00 (local, or with Z or +01:00)",
     )
-    command.add_argument("--watch", action="store_true", help="be the watcher, until SIGTERM")
 
 
-def _moment(text: str) -> float:
+def moment(text: str) -> float:
     """Return seconds since the epoch. Raises argparse's error."""
     import argparse  # noqa: PLC0415 - as above
     import datetime as dt  # noqa: PLC0415
@@ -109,6 +114,7 @@ def watch() -> int:
     from forwarder.ledger.notes import Notes  # noqa: PLC0415
     from forwarder.ledger.watch import Watcher  # noqa: PLC0415
     from forwarder.proc_events import ProcEvents, Unavailable  # noqa: PLC0415
+    from forwarder.quota.events import QuotaEvents  # noqa: PLC0415
     from forwarder.report import report  # noqa: PLC0415
     from receiver.activation import tell_systemd  # noqa: PLC0415
 
@@ -122,9 +128,17 @@ def watch() -> int:
         except Unavailable as error:
             sys.stderr.write(f"core-pipe-forwarder: {error}\n")
             return EX_UNAVAILABLE
+        quota = None
+        try:
+            quota = stack.enter_context(QuotaEvents())
+        except Unavailable as error:
+            # The ledger does without, and `status` says so.
+            sys.stderr.write(f"core-pipe-forwarder: no quota warnings: {error}\n")
         stack.callback(book.close)
         stack.callback(notes.close)
-        watcher = Watcher(events, book, notes, store=host_store(), say=report, tick=lambda: tell_systemd(WATCHDOG))
+        watcher = Watcher(
+            events, book, notes, quota=quota, store=host_store(), say=report, tick=lambda: tell_systemd(WATCHDOG)
+        )
         tell_systemd("READY=1")
         sys.stdout.write("watching\n")
         sys.stdout.flush()
@@ -175,19 +189,19 @@ def lines(found: Ledger) -> list[str]:
     for key, crashes in containers.items():
         said.append(f"{tables.shown(key.replace('!', '/') or 'not known whose')}: {len(crashes)}")
         rows: list[tuple[object, ...]] = [("", "TIME", "STATE", "PID", "UID", "SIG", "COMM", "WHY")]
-        rows += [("", _time(crash.at), crash.state, crash.pid, *_seen(crash), crash.why) for crash in crashes]
+        rows += [("", time_text(crash.at), crash.state, crash.pid, *_seen(crash), crash.why) for crash in crashes]
         said += tables.lines(rows, right=frozenset((3, 4)))
     if not found.named:
         said.append("No crash is missing.")
     if found.forgotten:
         said.append(f"{found.forgotten} more, which were older, are not listed any more.")
     counts = ", ".join(f"{number} {state}" for state, number in found.counts.items())
-    since = "an unknown time" if found.since is None else _time(found.since)
+    since = "an unknown time" if found.since is None else time_text(found.since)
     said.append(f"Since {since}: {counts}; {found.pending} under way.")
     if len(found.gaps) > SHOWN_GAPS:
         said.append(f"{len(found.gaps) - SHOWN_GAPS} older gaps: see --json")
     said += [
-        f"Not watched from {_time(gap.begun)} to {_time(gap.ended)}: {tables.shown(gap.why)}"
+        f"Not watched from {time_text(gap.begun)} to {time_text(gap.ended)}: {tables.shown(gap.why)}"
         for gap in found.gaps[-SHOWN_GAPS:]
     ]
     if not found.watched:
@@ -199,7 +213,7 @@ def in_short(found: Summary) -> str:
     """Return the line in `status`."""
     if found.watched is None:
         return "not known: ask as root"
-    lost = "" if found.since is None else f"; {found.lost or 'none'} lost since {_time(found.since)}"
+    lost = "" if found.since is None else f"; {found.lost or 'none'} lost since {time_text(found.since)}"
     if not found.watched:
         return f"not watching{lost}"
     return f"watching{lost}"
@@ -215,7 +229,7 @@ def _seen(crash: Crash) -> tuple[object, object, object]:
     )
 
 
-def _time(seconds: float) -> str:
+def time_text(seconds: float) -> str:
     try:
         return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))
     except (ValueError, OverflowError, OSError):

@@ -150,7 +150,7 @@ def init_of(pid_namespace: int) -> int | None:
 
 def mapped_root(directory: int, kind: str = "uid_map") -> int | None:
     """Return the id, in ours, of root of a process's user namespace; None when it has none."""
-    for inside, outside, _count in _map(directory, kind):
+    for inside, outside, _count in map_of(directory, kind):
         if inside == 0:
             return outside
     return None
@@ -159,10 +159,11 @@ def mapped_root(directory: int, kind: str = "uid_map") -> int | None:
 def is_mapped(directory: int, number: int, kind: str = "uid_map") -> bool:
     """Whether an id of ours has a number in a process's user namespace; `directory` is its proc directory."""
     # A half-open range: the first id past it is somebody else's.
-    return any(outside <= number < outside + count for _, outside, count in _map(directory, kind))
+    return any(outside <= number < outside + count for _, outside, count in map_of(directory, kind))
 
 
-def _map(directory: int, kind: str) -> list[tuple[int, int, int]]:
+def map_of(directory: int, kind: str) -> list[tuple[int, int, int]]:
+    """Return (inside, outside, count) for each range of ids of a user namespace. Raises OSError, ValueError."""
     rows = []
     for line in read_at(directory, kind, 65536).splitlines():
         words = line.split()

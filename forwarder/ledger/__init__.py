@@ -17,6 +17,8 @@ records in a store have no better name than number and wall clock.
     sight.py      what is seen of a process         notes.py      what the handlers noted
     judge.py      one crash's verdict               compare.py    what the stores say of many
     stores.py     records in stores
+
+What the kernel says of disk quotas has a place in the same watcher and the same book: `forwarder/quota/`.
 """
 
 from __future__ import annotations
@@ -91,6 +93,7 @@ class Summary:
 
     watched: whether a watcher runs, None when only root can tell. since: seconds since the epoch, the first moment that
     was watched; None when there was none. lost, passed, unclear: crashes since then, as the book has them now.
+    quota_warnings: how many the kernel gave since then (`core-pipe-forwarder quota`).
     """
 
     watched: bool | None = None
@@ -98,6 +101,7 @@ class Summary:
     lost: int = 0
     passed: int = 0
     unclear: int = 0
+    quota_warnings: int = 0
 
 
 def summary(path: str = BOOK) -> Summary:
@@ -116,6 +120,7 @@ def summary(path: str = BOOK) -> Summary:
         lost=states.count(LOST),
         passed=states.count(PASSED),
         unclear=states.count(UNCLEAR),
+        quota_warnings=contents.quota.counts.total(),
     )
 
 

@@ -1,4 +1,4 @@
-"""The book: what is known of each crash, on the disk, so that it outlives a restart and a reboot.
+"""The book: what is known of each crash and quota, on the disk, so that it outlives a restart and a reboot.
 
 One writes, whoever holds the lock; anybody who may can read. It is bounded: what is settled and not named is a count.
 """
@@ -12,10 +12,15 @@ import os
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from forwarder.quota.tally import QuotaWarning, Tally
+from forwarder.quota.tally import enter as enter_warning
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+_Row = TypeVar("_Row")
 
 BOOK = "/var/lib/core_pipe_forwarder/ledger"
 LOCK_SECONDS = 1.0
@@ -100,7 +105,10 @@ class Gap:
 
 @dataclass(slots=True)
 class Contents:
-    """What a book says. open: those that are not settled. counts: by state, of those that are not named."""
+    """What a book says. open: those that are not settled. counts: by state, of those that are not named.
+
+    quota: what the kernel warned of (`forwarder/quota/`), which has its place in the same book.
+    """
 
     since: float | None = None
     open: dict[tuple[str, int, int], Crash] = field(default_factory=dict)
@@ -108,6 +116,7 @@ class Contents:
     gaps: list[Gap] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     forgotten: int = 0
+    quota: Tally = field(default_factory=Tally)
 
 
 class Book:
@@ -235,6 +244,10 @@ def _lines_of(contents: Contents) -> Iterable[bytes]:
         yield _line("gap", **asdict(gap))
     for crash in [*contents.named.values(), *contents.open.values()]:
         yield _line("crash", **asdict(crash))
+    quota = contents.quota
+    yield _line("quotas", counts=dict(quota.counts), lost=quota.lost, forgotten=quota.forgotten)
+    for warning in quota.records.values():
+        yield _line("quota", **asdict(warning))
 
 
 def read_book(path: str = BOOK) -> Contents:
@@ -263,13 +276,28 @@ def _take_in(contents: Contents, said: dict[str, Any]) -> None:
         contents.counts.update({str(name): int(number) for name, number in dict(said["counts"]).items()})
         contents.forgotten += int(said["forgotten"])
     elif what == "crash":
-        crash = Crash(**said)
-        for one in fields(Crash):
-            value = getattr(crash, one.name)
-            wanted = {"str": str, "int": int, "bool": bool, "float": (int, float)}[str(one.type)]
-            if not isinstance(value, wanted):  # type: ignore[arg-type]
-                raise TypeError
-        enter(contents, crash)
+        enter(contents, _row(Crash, said))
+    elif what == "quota":
+        enter_warning(contents.quota, _row(QuotaWarning, said))
+    elif what == "quotas":
+        # All ever, and not those since the last such line.
+        contents.quota.counts.clear()
+        contents.quota.counts.update({str(name): int(number) for name, number in dict(said["counts"]).items()})
+        contents.quota.lost = int(said["lost"])
+        contents.quota.forgotten = int(said["forgotten"])
+
+
+def _row(kind: type[_Row], said: dict[str, Any]) -> _Row:
+    """Return one line's row. Raises TypeError, of a row with other names or values of other types."""
+    row = kind(**said)
+    for one in fields(kind):  # type: ignore[arg-type]
+        value = getattr(row, one.name)
+        wanted = {"str": str, "int": int, "bool": bool, "float": (int, float), "list[str]": list}[str(one.type)]
+        if not isinstance(value, wanted):  # type: ignore[arg-type]
+            raise TypeError
+        if isinstance(value, list) and not all(isinstance(item, str) for item in value):
+            raise TypeError
+    return row
 
 
 def add_gap(contents: Contents, gap: Gap) -> None:

@@ -15,6 +15,7 @@ from forwarder.ledger.judge import judge
 from forwarder.ledger.sight import boot_id, is_there, look, stubs_at_work
 from forwarder.ledger.stores import DEFAULT, FOUND, UNSEEN
 from forwarder.proc_events import Dump, Exit, Overrun
+from forwarder.quota.watch import QuotaWatch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from forwarder.ledger.book import Book
     from forwarder.ledger.notes import Notes
     from forwarder.proc_events import ProcEvents
+    from forwarder.quota.events import QuotaEvents
 
 # Two reports of one crash may come in any order; and a stub that nobody took a core of writes a record after the end.
 SETTLE_SECONDS = 5.0
@@ -47,6 +49,7 @@ class Watcher:
         book: Book,
         notes: Notes,
         *,
+        quota: QuotaEvents | None = None,
         store: str = DEFAULT,
         settle_seconds: float = SETTLE_SECONDS,
         asked_seconds: float = ASKED_SECONDS,
@@ -55,9 +58,9 @@ class Watcher:
     ) -> None:
         """Take over the book. Raises LedgerError, OSError.
 
-        store: the host's. settle_seconds, asked_seconds: from the end of a crash to the verdict on it; the second where
-        a receiver was asked. say: gets a line for people now and then. tick: is called every few seconds while all is
-        well.
+        quota: the kernel's warnings, where it gives any. store: the host's. settle_seconds, asked_seconds: from the end
+        of a crash to the verdict on it; the second where a receiver was asked. say: gets a line for people now and
+        then. tick: is called every few seconds while all is well.
         """
         self.events = events
         self.book = book
@@ -80,6 +83,7 @@ class Watcher:
             book.write("since", at=now)
         elif last is not None:
             self._gap(last, "the ledger did not watch")
+        self.quota = QuotaWatch(quota, book, self.contents.quota, say=say) if quota else None
 
     def _gap(self, begun: float, why: str) -> None:
         # A clock that was set back makes it look as if it ended before it began.
@@ -95,11 +99,17 @@ class Watcher:
         poll.register(wake, select.POLLIN)
         alive = settle = 0.0
         while True:
+            if self.quota:
+                self.quota.register(poll)
             ready = {fd for fd, _ in poll.poll(TICK_SECONDS * 1000)}
             self.take()
+            if self.quota:
+                self.quota.take()
             now = time.monotonic()
             if now >= settle or wake in ready:
                 self.settle()
+                if self.quota:
+                    self.quota.settle(last=wake in ready)
                 settle = now + TICK_SECONDS
             if now >= alive or wake in ready:
                 self.book.alive()
