@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from fcntl import F_GETFL, fcntl
@@ -11,6 +12,8 @@ from receiver.frames import PAGE, ZEROS, runs
 from receiver.store import write_all
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from receiver.stored import Damaged, StoredCore
 
 # Damage that is told of one by one; a file in which every frame is damaged has thousands.
@@ -54,8 +57,34 @@ def open_output(path: str) -> int:
     return fd
 
 
-def copy(source: StoredCore, target: int, most: int) -> Copied:
+def open_nameless(directories: Sequence[str]) -> int:
+    """Open a file for a core that has no name: it goes with its last descriptor, whatever becomes of us.
+
+    directories: to try, in this order. Returns a descriptor, which is the caller's. Raises OSError.
+    """
+    failure: OSError | None = None
+    for directory in directories:
+        try:
+            return os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            failure = failure or error
+            if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+                continue
+        # A file system that has no nameless files (overlayfs before Linux 6.3, NFS): it has a name for an instant.
+        name = os.path.join(directory, f".core_pipe-{os.urandom(8).hex()}")
+        try:
+            fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError:
+            continue
+        os.unlink(name)
+        return fd
+    raise failure or FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+
+
+def copy(source: StoredCore, target: int, most: int, progress: Callable[[int], object] | None = None) -> Copied:
     """Write at most `most` bytes of the plain core, with zeros for what is damaged. Raises OSError.
+
+    progress: told how many are written, after each block.
 
     A few bytes of a stranger's file may stand for terabytes, so who asks says how much there has to be.
     """
@@ -79,6 +108,8 @@ def copy(source: StoredCore, target: int, most: int) -> Copied:
         else:
             write_all(target, part)
         size += len(part)
+        if progress is not None:
+            progress(size)
         if too_much:
             break
     if sparse:

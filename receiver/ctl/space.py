@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from receiver import tables
 from receiver.config import _size as parse_size
 from receiver.config import duration
-from receiver.ctl.arguments import parsed
-from receiver.ctl.matching import UsageProblem, matches, newest
+from receiver.ctl.arguments import MATCH_HELP, add_matches, add_options, parsed
+from receiver.ctl.matching import UsageProblem, matcher, newest
 from receiver.ctl.output import EXIT_OK, print_json, print_lines, row
 from receiver.tables import shown
 
@@ -21,16 +22,37 @@ if TYPE_CHECKING:
 
 K = TypeVar("K")
 
+USAGE_EPILOG = """\
+examples:
+  corepipectl usage
+  corepipectl usage --json=short | jq .headroom_bytes
+"""
+PRUNE_EPILOG = """\
+examples:
+  corepipectl prune --to 2G                       the oldest cores go, until the others take no more than 2 GiB
+  corepipectl prune --older-than 30d --dry-run    what would go
+  corepipectl prune webshop                       all cores of one program
+"""
 # Programs that `usage` shows; there may be one for each record.
 PROGRAMS = 20
 
 
 def add(commands: Any) -> None:
-    usage = commands.add_parser("usage", help="what holds the space, and what the limits still allow")
-    usage.add_argument("--json", action="store_true", help="as JSON, for programs")
+    usage = commands.add_parser(
+        "usage",
+        help="what holds the space, and what the limits still allow",
+        epilog=USAGE_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_options(usage, "json")
     usage.set_defaults(run=run_usage)
-    prune = commands.add_parser("prune", help="remove cores, the oldest first; their records stay")
-    prune.add_argument("match", nargs="?", metavar="MATCH", help="only cores of these crashes")
+    prune = commands.add_parser(
+        "prune",
+        help="remove cores, the oldest first; their records stay",
+        epilog=PRUNE_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_matches(prune, text=f"only cores of these crashes: {MATCH_HELP}")
     prune.add_argument(
         "--to", type=parsed(parse_size), metavar="SIZE", help="only until the store's cores take so much (as 2G)"
     )
@@ -44,16 +66,16 @@ def add(commands: Any) -> None:
 def run_prune(context: Context) -> int:
     options, store = context.options, context.store()
     match = options.match
-    if match is None and options.to is None and options.older_than is None:
+    if not match and options.to is None and options.older_than is None:
         raise UsageProblem("say which cores: --to SIZE, --older-than AGE, or a MATCH ('--to 0' removes all)")
-    if match is not None:
+    if match:
         # A name that was mistyped is a failure; that nothing is old enough is none.
         newest(context.sources, match)
     try:
         pruned = store.prune(
             to=options.to,
             older_than=options.older_than,
-            match=None if match is None else lambda record: matches(record, match),
+            match=matcher(match) if match else None,
             dry_run=options.dry_run,
         )
     except PermissionError:
@@ -71,7 +93,7 @@ def run_prune(context: Context) -> int:
 def run_usage(context: Context) -> int:
     report = context.store().usage()
     if context.options.json:
-        print_json(_usage_json(report))
+        print_json(_usage_json(report), context.options.json)
         return EXIT_OK
     heading = ("CORES", "SIZE", "RECORDS")
     users: list[tuple[object, ...]] = [("USER", *heading)]
