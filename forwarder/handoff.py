@@ -132,6 +132,7 @@ class Handoff:
             "own_pid": b"%d" % crash.own_pid,
             "own_tid": b"%d" % crash.own_tid,
             "comm": crash.comm,
+            "container": crash.key.encode(),
             **facts,
         }
         if self.tried:

@@ -27,6 +27,28 @@ def rfc3339(seconds: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole)) + fraction + "Z"
 
 
+def microseconds(rfc3339: str) -> int | None:
+    """Return a record's time as microseconds since the epoch, None when it is none."""
+    try:
+        whole, _, fraction = rfc3339.removesuffix("Z").partition(".")
+        # Not strptime(): the import behind it is 10 ms of a worker's life. The form is rfc3339()'s.
+        date, _, clock = whole.partition("T")
+        year, month, day = (int(part) for part in date.split("-"))
+        hour, minute, second = (int(part) for part in clock.split(":"))
+        return (_days(year, month, day) * 86400 + hour * 3600 + minute * 60 + second) * 1_000_000 + (
+            int(fraction.ljust(6, "0")[:6]) if fraction else 0
+        )
+    except ValueError:
+        return None
+
+
+def _days(year: int, month: int, day: int) -> int:
+    """Days since the epoch of a date (the civil calendar's, counted from March: leap days come last)."""
+    year -= month <= 2
+    of_year = (153 * (month + (-3 if month > 2 else 9)) + 2) // 5 + day - 1
+    return year * 365 + year // 4 - year // 100 + year // 400 + of_year - 719468
+
+
 def signal_name(number: int) -> str:
     """`SIGSEGV` for 11; `SIG<n>` for a number that has no name here; 0 is what nobody told."""
     if number == 0:

@@ -28,6 +28,8 @@ class Witness:
     def __init__(self, head: Head, notes: Notes) -> None:
         self.head = head
         self.notes = notes
+        # The program's own first page, once it has come by.
+        self.program_page = b""
         self._builds: dict[int, str] = {}
         self._stack = bytearray()
         self._stack_start = 0
@@ -78,6 +80,8 @@ class Witness:
         if address < 0:
             self._stack[:] = data
         else:
+            if address == self._program():
+                self.program_page = data
             build = signature.build_id(data)
             if build:
                 self._builds[address] = build
@@ -100,8 +104,11 @@ class Witness:
 
     def build_of_program(self) -> str | None:
         """Return the build id of the program, in hex."""
-        headers = self.notes.auxv.get(AT_PHDR, 0)
-        return self._builds.get(headers // PAGE * PAGE)
+        return self._builds.get(self._program())
+
+    def _program(self) -> int:
+        """Return the address of the program's first page."""
+        return self.notes.auxv.get(AT_PHDR, 0) // PAGE * PAGE
 
     def frames(self) -> list[signature.Frame]:
         """Return the frames that name the bug, see `signature.frames`."""
