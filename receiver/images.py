@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _UNITS = "etc/systemd/system"
-_WANTS = f"{_UNITS}/sockets.target.wants"
+# Tells of crashes, in a container as on the host.
+_NOTIFY = "core_pipe-notify.path"
+_NOTIFY_SERVICE = "core_pipe-notify.service"
 # Before anybody's drop-in by name, also before the override.conf that `systemctl edit` makes.
 _SANDBOX = "10-sandbox.conf"
 # In the source the folder's name is a prefix, so that systemd finds it for each of our services (systemd.unit(5)).
@@ -64,7 +66,6 @@ def install(root: str = "/", *, accept: bool = True, host: bool = False, program
         program, warnings = _find_program(tree, program)
         said = []
         wanted = {path: _prepared(source, program, tree) for path, source in _files(accept=accept, host=host).items()}
-        link = (f"{_WANTS}/{socket_unit}", f"/{_UNITS}/{socket_unit}")
         surplus = [] if host else sorted(_files(accept=not accept, host=False).keys() - wanted.keys())
         fresh = [path for path, data in wanted.items() if tree.read(path) != data]
         surplus = [path for path in surplus if tree.read(path) is not None]
@@ -72,6 +73,7 @@ def install(root: str = "/", *, accept: bool = True, host: bool = False, program
         if live and (fresh or surplus):
             # With the files it was started from: they say how long a running write may take.
             _stop(socket_unit)
+            _stop(_NOTIFY)
         for path, data in wanted.items():
             if path in fresh:
                 tree.write(path, data)
@@ -79,7 +81,9 @@ def install(root: str = "/", *, accept: bool = True, host: bool = False, program
         for path in surplus:
             tree.remove(path)
             said.append(f"removed: {tree.shown(path)} (the other form of Accept=)")
-        said.append(f"{'enabled' if tree.link(*link) else 'already enabled'}: {socket_unit}")
+        for unit in (socket_unit, _NOTIFY):
+            linked = tree.link(_link_of(unit), f"/{_UNITS}/{unit}")
+            said.append(f"{'enabled' if linked else 'already enabled'}: {unit}")
         try:
             if tree.make_directory(_STORE):
                 said.append(f"made: {tree.shown(_STORE)}")
@@ -87,7 +91,9 @@ def install(root: str = "/", *, accept: bool = True, host: bool = False, program
             # Perhaps somebody has reasons for a link there; the receiver says what does not work.
             warnings.append(f"warning: {error}")
         if live:
-            said.extend(_start(socket_unit, reload=bool(fresh or surplus)))
+            if fresh or surplus:
+                _systemctl("daemon-reload")
+            said += [*_start(_NOTIFY), *_start(socket_unit)]
         elif not any(tree.find(f"{directory}/systemd/systemd") for directory in ("/usr/lib", "/lib")):
             warnings.append(
                 f"warning: there is no systemd in {root}, so nothing reads these units. Start the receiver as a "
@@ -105,13 +111,13 @@ def uninstall(root: str = "/") -> list[str]:
     """
     said: list[str] = []
     paths = sorted({p for accept in (True, False) for host in (True, False) for p in _files(accept=accept, host=host)})
-    sockets = ("core_pipe-forward.socket", "core_pipe-host.socket")
+    enabled = ("core_pipe-forward.socket", "core_pipe-host.socket", _NOTIFY)
     with _Tree(root) as tree:
         live = tree.is_running_system
-        for name in sockets:
+        for name in enabled:
             if live and tree.read(f"{_UNITS}/{name}") is not None:
                 _stop(name)
-            if tree.unlink(f"{_WANTS}/{name}"):
+            if tree.unlink(_link_of(name)):
                 said.append(f"disabled: {name}")
         for path in paths:
             if tree.read(path) is not None:
@@ -136,11 +142,18 @@ def _files(*, accept: bool, host: bool) -> dict[str, str]:
         f"{_UNITS}/{socket_unit}": socket_unit,
         f"{_UNITS}/{service}": service,
         f"{_UNITS}/{service}.d/{_SANDBOX}": _SANDBOX_SOURCE,
+        f"{_UNITS}/{_NOTIFY}": _NOTIFY,
+        f"{_UNITS}/{_NOTIFY_SERVICE}": _NOTIFY_SERVICE,
         "etc/tmpfiles.d/core_pipe.conf": "tmpfiles.d/core_pipe.conf",
     }
     if not host and not accept:
         files[f"{_UNITS}/{socket_unit}.d/{_ACCEPT_NO}"] = "accept-no.conf"
     return files
+
+
+def _link_of(unit: str) -> str:
+    """Return the link that enables a unit."""
+    return f"{_UNITS}/{unit.rpartition('.')[2]}s.target.wants/{unit}"
 
 
 def _source(name: str) -> str:
@@ -159,15 +172,16 @@ def _prepared(name: str, program: str, tree: _Tree) -> bytes:
     """Return a unit file for where the program is."""
     text = _source(name)
     if name.endswith(".service"):
-        text = _replaced(text, f"ExecStart={_DEFAULT_PROGRAM}", f"ExecStart={program}")
-    if name == _SANDBOX_SOURCE:
+        rest = " notify" if name == _NOTIFY_SERVICE else ""
+        text = _replaced(text, f"ExecStart={_DEFAULT_PROGRAM}{rest}", f"ExecStart={program}{rest}")
+    if name in (_SANDBOX_SOURCE, _NOTIFY_SERVICE):
         places = _places(tree, program)
         if _below(places, _HOMES):
             because = "# Not yes: the program itself is in one of the directories that this would hide.\n"
             text = _replaced(text, "ProtectHome=yes", because + "ProtectHome=read-only")
         if _below(places, _TEMPORARY):
-            because = "# No InaccessiblePaths=-/tmp -/var/tmp: the program itself is there."
-            text = _replaced(text, "InaccessiblePaths=-/tmp -/var/tmp", because)
+            line = "PrivateTmp=yes" if name == _NOTIFY_SERVICE else "InaccessiblePaths=-/tmp -/var/tmp"
+            text = _replaced(text, line, f"# No {line}: the program itself is there.")
     return text.encode()
 
 
@@ -233,24 +247,23 @@ def _systemctl(*arguments: str) -> str:
     return done.stdout
 
 
-def _stop(socket_unit: str) -> None:
-    """Stop the socket and its service; that waits for the cores that are being written."""
-    units = [socket_unit, socket_unit.removesuffix(".socket") + ".service"]
+def _stop(unit: str) -> None:
+    """Stop a unit and its service; with a socket, that waits for the cores that are being written."""
+    both = [unit, unit.rpartition(".")[0] + ".service"]
     # A name that systemd does not know is no error to `show`, but is one to `stop`.
-    for unit in units:
-        if "ActiveState=inactive" not in _systemctl("show", "--property=ActiveState", unit):
-            _systemctl("stop", unit)
+    for name in both:
+        if "ActiveState=inactive" not in _systemctl("show", "--property=ActiveState", name):
+            _systemctl("stop", name)
 
 
-def _start(socket_unit: str, *, reload: bool) -> list[str]:
-    if reload:
-        _systemctl("daemon-reload")
-    _systemctl("start", socket_unit)
-    if "ActiveState=active" in _systemctl("show", "--property=ActiveState", socket_unit):
-        return [f"started: {socket_unit}"]
+def _start(unit: str) -> list[str]:
+    _systemctl("start", unit)
+    if "ActiveState=active" in _systemctl("show", "--property=ActiveState", unit):
+        return [f"started: {unit}"]
     # An unmet condition is no failure to systemctl.
-    meant = "the host" if socket_unit == "core_pipe-host.socket" else "a container (for a host: install --host)"
-    return [f"warning: {socket_unit} is not running: it starts only in {meant}. See systemctl status {socket_unit}"]
+    meant = "the host" if unit == "core_pipe-host.socket" else "a container (for a host: install --host)"
+    why = "" if unit == _NOTIFY else f": it starts only in {meant}"
+    return [f"warning: {unit} is not running{why}. See systemctl status {unit}"]
 
 
 class _Tree:

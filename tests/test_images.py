@@ -12,14 +12,19 @@ from receiver import images
 from receiver.images import ImageError, install, uninstall
 
 UNITS = "etc/systemd/system"
-YES = {
+NOTIFY = {
+    f"{UNITS}/core_pipe-notify.path",
+    f"{UNITS}/core_pipe-notify.service",
+    f"{UNITS}/paths.target.wants/core_pipe-notify.path",
+}
+YES = NOTIFY | {
     f"{UNITS}/core_pipe-forward.socket",
     f"{UNITS}/core_pipe-forward@.service",
     f"{UNITS}/core_pipe-forward@.service.d/10-sandbox.conf",
     f"{UNITS}/sockets.target.wants/core_pipe-forward.socket",
     "etc/tmpfiles.d/core_pipe.conf",
 }
-NO = {
+NO = NOTIFY | {
     f"{UNITS}/core_pipe-forward.socket",
     f"{UNITS}/core_pipe-forward.socket.d/10-accept-no.conf",
     f"{UNITS}/core_pipe-forward.service",
@@ -27,7 +32,7 @@ NO = {
     f"{UNITS}/sockets.target.wants/core_pipe-forward.socket",
     "etc/tmpfiles.d/core_pipe.conf",
 }
-HOST = {
+HOST = NOTIFY | {
     f"{UNITS}/core_pipe-host.socket",
     f"{UNITS}/core_pipe-host.service",
     f"{UNITS}/core_pipe-host.service.d/10-sandbox.conf",
@@ -100,7 +105,8 @@ def test_installing_again_changes_nothing(root: Path) -> None:
     before = {path: (root / path).lstat().st_ino for path in found(root)}
     said = install(str(root))
     assert {path: (root / path).lstat().st_ino for path in found(root)} == before
-    assert [line.split(": ")[0] for line in said] == ["unchanged"] * 4 + [
+    assert [line.split(": ")[0] for line in said] == ["unchanged"] * 6 + [
+        "already enabled",
         "already enabled",
         "core_pipe-forward.socket listens from the next boot on.",
     ]
@@ -324,6 +330,10 @@ def test_links_of_an_image_are_looked_up_inside_of_it(root: Path) -> None:
     assert not any("warning" in line for line in install(str(root), program="/opt/up"))
 
 
+STOPS = ["stop core_pipe-forward.socket", "stop core_pipe-notify.path"]
+STARTS = ["start core_pipe-notify.path", "start core_pipe-forward.socket"]
+
+
 class Systemctl:
     """Answers for a running systemd, and remembers what it was asked."""
 
@@ -334,11 +344,11 @@ class Systemctl:
 
     def __call__(self, *arguments: str) -> str:
         if arguments[0] == "show":
-            return f"ActiveState={self.state if arguments[-1].endswith('.socket') else 'inactive'}\n"
+            return f"ActiveState={'inactive' if arguments[-1].endswith('.service') else self.state}\n"
         self.asked.append(" ".join(arguments))
         if arguments[0] == "start" and self.runs:
             self.state = "active"
-        if arguments[0] == "stop":
+        if arguments == ("stop", "core_pipe-notify.path"):
             self.state = "inactive"
         return ""
 
@@ -352,7 +362,7 @@ def test_on_a_running_system_the_socket_is_started(root: Path, monkeypatch: pyte
     systemctl = Systemctl("inactive")
     running(monkeypatch, systemctl)
     assert install(str(root))[-1] == "started: core_pipe-forward.socket"
-    assert systemctl.asked == ["daemon-reload", "start core_pipe-forward.socket"]
+    assert systemctl.asked == ["daemon-reload", *STARTS]
 
 
 def test_on_a_running_system_a_change_stops_the_old_form_first(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -360,13 +370,13 @@ def test_on_a_running_system_a_change_stops_the_old_form_first(root: Path, monke
     systemctl = Systemctl("active")
     running(monkeypatch, systemctl)
     install(str(root))
-    assert systemctl.asked == ["start core_pipe-forward.socket"]
+    assert systemctl.asked == STARTS
     systemctl.asked.clear()
     install(str(root), accept=False)
-    assert systemctl.asked == ["stop core_pipe-forward.socket", "daemon-reload", "start core_pipe-forward.socket"]
+    assert systemctl.asked == [*STOPS, "daemon-reload", *STARTS]
     systemctl.asked.clear()
     uninstall(str(root))
-    assert systemctl.asked == ["stop core_pipe-forward.socket", "daemon-reload"]
+    assert systemctl.asked == [*STOPS, "daemon-reload"]
 
 
 def test_a_condition_that_is_not_met_is_said(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
