@@ -66,6 +66,15 @@ def record(
         found.cgroup = key.replace("!", "/")
         found.core = Core(state="none", reason=reason)
         store.add_record(found)
+        from receiver.afterwards import afterwards  # noqa: PLC0415
+        from receiver.config import Config, ConfigError, load  # noqa: PLC0415
+
+        try:
+            config = load()
+        except ConfigError:
+            # Whoever uses them says what is wrong with them.
+            config = Config()
+        afterwards(found, config, store)
     except Exception as error:
         if may_say:
             report(f"{who}: its record could not be written: {printable(str(error).encode('utf-8', 'replace'), 300)}")

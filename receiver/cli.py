@@ -27,6 +27,7 @@ examples:
   core-pipe-receiver install --root /srv/image        put the units into an image and enable the socket
   core-pipe-receiver install --accept no              one process that forks a worker for each crash
   core-pipe-receiver settings                         every setting, its default and what is allowed
+  core-pipe-receiver notify --test NAME               tell a callback of a crash that never was
 """
 
 
@@ -53,6 +54,10 @@ def main(arguments: list[str] | None = None) -> int:
         return _serve(None)
     if len(arguments) == 2 and arguments[0] == "--listen" and not arguments[1].startswith("-"):
         return _serve(arguments[1])
+    if arguments[0] == "__complete":
+        from receiver import completion  # noqa: PLC0415 - see above
+
+        return completion.answer(_parser(), arguments[1:])
     found = _parser().parse_args(arguments)
     if found.command is None:
         return _serve(found.listen)
@@ -63,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     import argparse  # noqa: PLC0415 - see main
 
     from receiver import __version__  # noqa: PLC0415
+    from receiver.notify import command as notify  # noqa: PLC0415
 
     parser = argparse.ArgumentParser(
         prog="core-pipe-receiver",
@@ -88,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     install.set_defaults(run=_install)
     commands.choices["uninstall"].set_defaults(run=_uninstall)
     commands.add_parser("settings", help="show every setting").set_defaults(run=_settings)
+    notify.add(commands.add_parser("notify", help="tell who is to be told of crashes; test that, and show its state"))
     return parser
 
 
@@ -158,8 +165,13 @@ def _uninstall(found: argparse.Namespace) -> int:
 
 def _settings(_found: argparse.Namespace) -> int:
     from receiver.config import DEFAULT_PATH, describe  # noqa: PLC0415
+    from receiver.notify.settings import KEYS, WHEN  # noqa: PLC0415
 
     print(f"# {DEFAULT_PATH}; each also as a variable of the environment, which wins.")
     for name, variable, default, allowed, meaning in describe():
         print(f"\n{name} = {default!r}    # {variable}\n  {meaning}\n  Allowed: {allowed}.")
+    print("\n# Callbacks: who is told of crashes. In the file only, a table [[notify]] for each.")
+    for keys, prefix in ((KEYS, ""), (WHEN, "when.")):
+        for key in keys:
+            print(f"\n{prefix}{key.name}    # default: {key.default}\n  {key.meaning}\n  Allowed: {key.allowed}.")
     return EXIT_OK

@@ -25,7 +25,7 @@ _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _TIMES = {"s": 1, "min": 60, "h": 3600, "d": 86400}
 
 # Too much is masked rather than too little: AUTHOR is no secret, but OAUTH is. `_PWD`, as in MYSQL_PWD, and not PWD.
-# Passwords within an URL stay: their variables have no name in common.
+# Passwords within an URL have no name in common; `receiver/masking.py` finds them by their form.
 _SECRETS = "PASS|_PWD|SECRET|TOKEN|KEY|CRED|AUTH|COOKIE|PRIVATE|DSN|CONNECTION_?STRING"
 
 
@@ -175,6 +175,46 @@ def _whole_size(text: str, problem: str) -> int:
     return int(text)
 
 
+FACTS = (
+    "command_line",
+    "environment",
+    "files",
+    "mappings",
+    "limits",
+    "cgroup",
+    "container",
+    "package",
+    "journal",
+    "backtrace",
+)
+
+
+def _facts(text: str) -> frozenset[str]:
+    words = text.split()
+    if not words:
+        raise ValueError("is empty; write none for none of them")
+    # "-environment" alone means all but that.
+    found = set(FACTS) if words[0].startswith("-") else set()
+    for word in words:
+        name = word.removeprefix("-")
+        group = {"all": FACTS, "none": ()}.get(name, (name,))
+        if not set(group) <= set(FACTS) or word == "-none":
+            raise ValueError("has a word that is none of them")
+        if word == "none":
+            found.clear()
+        elif word.startswith("-"):
+            found.difference_update(group)
+        else:
+            found.update(group)
+    return frozenset(found)
+
+
+def _on_off(text: str) -> bool:
+    if text not in ("on", "off"):
+        raise ValueError("is neither")
+    return text == "on"
+
+
 def _size_or_off(text: str) -> int | None:
     return None if text == "off" else _size(text)
 
@@ -197,6 +237,15 @@ def _inodes_or_off(text: str) -> Limit | None:
     if value > _MAX_SIZE:
         raise ValueError("is more than any file system has")
     return Limit(size=value)
+
+
+def _textfile_or_off(text: str) -> str | None:
+    if text == "off":
+        return None
+    # node_exporter reads no others. A newline or the like in a path is somebody's mistake.
+    if not text.endswith(".prom") or not text.isprintable():
+        raise ValueError("is not the path of a *.prom file")
+    return _path(text)
 
 
 def _whole_or_off(least: int, most: int) -> Callable[[str], int | None]:
@@ -410,15 +459,47 @@ SETTINGS: tuple[Setting, ...] = (
         "4000",
         _whole(1, 1_000_000),
         "a whole number from 1 to 1000000",
-        "The records that are kept; the oldest go, first those without a core. One has a few KiB, at most 150.",
+        "The records that are kept; the oldest go, first those without a core. One has a few KiB, at most 300.",
     ),
     Setting(
         "secret_pattern",
         _SECRETS,
         _pattern,
         "a regular expression (Python's); '(?!)' matches no name",
-        "Environment variables whose name has a match, in any case, are recorded without their value. "
-        "The core itself still holds it.",
+        "Environment variables and options of the command line whose name has a match, in any case, are recorded "
+        "without their value. The core itself still holds it.",
+    ),
+    Setting(
+        "facts",
+        "all",
+        _facts,
+        f"words with spaces between: {', '.join(FACTS)}; 'all', 'none', and a word with '-' before it is left out",
+        "What is recorded of a crashed process beside who it was and what it crashed of: '-environment' is all but "
+        "that, 'package mappings' only these two. See facts.md.",
+    ),
+    Setting(
+        "backtrace_seconds",
+        "10",
+        _seconds(0.1),
+        "seconds, from 0.1 to a year",
+        "The time that gdb or eu-stack has for the backtrace of a core, when `corepipectl info` shows it first.",
+    ),
+    Setting(
+        "journal",
+        "on",
+        _on_off,
+        "'on' or 'off'",
+        "Whether each crash is an entry of the journal, such as systemd-coredump makes: `coredumpctl` shows it and "
+        "opens its core. Where there is no journal nothing is missing.",
+    ),
+    Setting(
+        "metrics",
+        "off",
+        _textfile_or_off,
+        "an absolute path that ends with .prom; 'off' for none",
+        "Where the store's numbers are written after each crash, for Prometheus: a file in the directory that "
+        "node_exporter reads (--collector.textfile.directory), which must be there. The service's sandbox must open it "
+        "(ReadWritePaths=): see metrics.md.",
     ),
     Setting(
         "idle_seconds",
@@ -451,6 +532,9 @@ SETTINGS: tuple[Setting, ...] = (
 )
 
 _BY_NAME = {setting.name: setting for setting in SETTINGS}
+# Settings that are lists of tables, `[[notify]]`: in the file only. What stands in them is looked at by who needs it,
+# and not at each crash; and what is wrong there costs no core (receiver/notify/settings.py).
+_TABLES = ("notify",)
 
 
 class Config:
@@ -468,10 +552,13 @@ class Config:
     same_seconds, loop_seconds: seconds.
     records_max: a count.
     secret_pattern: a valid regular expression, to be searched for (not matched) with re.IGNORECASE.
+    facts: the words of FACTS whose facts are recorded. backtrace_seconds: seconds.
+    journal: whether crashes are entries of the journal. metrics: absolute path of a file, None for none.
     idle_seconds (0.0: never leave), offer_seconds, stall_seconds: seconds. workers: a count.
+    notify: the tables as they stand in the file; receiver.notify.settings makes callbacks of them.
     """
 
-    __slots__ = tuple(_BY_NAME)
+    __slots__ = (*_BY_NAME, *_TABLES)
 
     store: str
     compression: str
@@ -492,16 +579,23 @@ class Config:
     loop_seconds: float
     records_max: int
     secret_pattern: str
+    facts: frozenset[str]
+    backtrace_seconds: float
+    journal: bool
+    metrics: str | None
     idle_seconds: float
     workers: int
     offer_seconds: float
     stall_seconds: float
+    notify: tuple[dict[str, object], ...]
 
     def __init__(self, **values: object) -> None:
         """Take values as they are, unparsed. Raises TypeError for a name that is no setting."""
-        unknown = values.keys() - _BY_NAME.keys()
+        unknown = values.keys() - _BY_NAME.keys() - set(_TABLES)
         if unknown:
             raise TypeError(f"no such settings: {', '.join(sorted(unknown))}")
+        for name in _TABLES:
+            object.__setattr__(self, name, values.get(name, ()))
         for setting in SETTINGS:
             value = values[setting.name] if setting.name in values else setting.parse(setting.default)
             object.__setattr__(self, setting.name, value)
@@ -524,16 +618,17 @@ class Config:
         raise AttributeError(f"a Config does not change; '{name}' stays")
 
     def _values(self) -> tuple[object, ...]:
-        return tuple(getattr(self, name) for name in _BY_NAME)
+        return tuple(getattr(self, name) for name in self.__slots__)
 
     def __eq__(self, other: object) -> bool:
         return self._values() == other._values() if isinstance(other, Config) else NotImplemented
 
     def __hash__(self) -> int:
-        return hash(self._values())
+        # Without the tables, which are dicts.
+        return hash(tuple(getattr(self, name) for name in _BY_NAME))
 
     def __repr__(self) -> str:
-        return f"Config({', '.join(f'{name}={getattr(self, name)!r}' for name in _BY_NAME)})"
+        return f"Config({', '.join(f'{name}={getattr(self, name)!r}' for name in self.__slots__)})"
 
 
 def describe() -> list[tuple[str, str, str, str, str]]:
@@ -649,6 +744,13 @@ def _from_file(source: str, text: bytes, values: dict[str, object], problems: li
             [Problem(shown_source, "", f"is not TOML: {_plain(str(error))}", "Write lines such as: core_max = '512M'")]
         ) from None
     for key, value in table.items():
+        if key in _TABLES:
+            if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+                values[key] = tuple(value)
+            else:
+                remedy = f"Begin each with a line [[{key}]]."
+                problems.append(Problem(shown_source, key, "is no list of tables", remedy))
+            continue
         setting = _BY_NAME.get(key)
         if setting is None:
             problems.append(Problem(shown_source, _shown(key)[1:-1], "there is no such setting", _nearest(key)))
@@ -666,10 +768,26 @@ def _from_file(source: str, text: bytes, values: dict[str, object], problems: li
 
 
 def _nearest(key: str) -> str:
+    return nearest(key, (*_BY_NAME, *_TABLES))
+
+
+def nearest(key: str, names: Iterable[str]) -> str:
+    """Return the remedy for a name that is none of these."""
     import difflib  # noqa: PLC0415  (only for an error)
 
+    names = tuple(names)
     # Cut: the comparison takes quadratic time.
-    near = difflib.get_close_matches(key[:64].lower().replace("-", "_"), _BY_NAME, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(key[:64].lower().replace("-", "_"), names, n=1, cutoff=0.5)
     if near:
         return f"Did you mean '{near[0]}'?"
-    return f"Allowed: {', '.join(_BY_NAME)}."
+    return f"Allowed: {', '.join(names)}."
+
+
+def source(environ: Mapping[str, str] | None = None) -> str:
+    """Return the path of the settings' file, whether it is there or not."""
+    return (os.environ if environ is None else environ).get(PATH_VARIABLE, DEFAULT_PATH)
+
+
+def shown(value: object) -> str:
+    """Return a value as one short line for an error: escaped, since the journal's reader may sit at a terminal."""
+    return _shown(value)

@@ -23,12 +23,17 @@ MAX_LINE = select.PIPE_BUF
 PATIENCE_MS = 100
 
 
+def goes_to_journal() -> bool:
+    """Whether systemd reads our lines."""
+    return "JOURNAL_STREAM" in os.environ
+
+
 def log(text: str, *, error: bool = False) -> None:
     """Write one line. Never raises and never waits: what reads our standard error may be gone, full, or stuck.
 
     A container's log collector that stopped reading held every worker, and with them every crash (seen with a pipe).
     """
-    prefix = f"<{LOG_ERR if error else LOG_INFO}>" if "JOURNAL_STREAM" in os.environ else "core-pipe-receiver: "
+    prefix = f"<{LOG_ERR if error else LOG_INFO}>" if goes_to_journal() else "core-pipe-receiver: "
     line = (prefix + text.replace("\n", " ") + "\n").encode("utf-8", "backslashreplace")
     if len(line) > MAX_LINE:
         line = line[: MAX_LINE - 4] + b"...\n"

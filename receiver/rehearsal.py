@@ -59,7 +59,7 @@ def touch(config: Config) -> None:
     fields = {"signal": b"11", "comm": b"program", "environ": b"A=b\0SECRET=c\0" * 8}
     decode_fields(len(fields), encode_fields(fields))
     record = Record.of_numbers(pid=1, tid=1, uid=0, gid=0, signal=11, time=1, comm=b"program", core_limit=0, dumpable=1)
-    record.command_line = arguments(b"program\0argument\0")
+    record.command_line = arguments(b"program\0argument\0", secret)
     record.environment = mask(fields["environ"], secret)
     record.dumps()
 

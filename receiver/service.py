@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from receiver import privileges
 from receiver.activation import tell_systemd
+from receiver.afterwards import afterwards
 from receiver.log import log
 from receiver.protocol import Channel
 from receiver.rehearsal import rehearse, touch
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from receiver.config import Config
+    from receiver.notify.resident import Keeper
 
 # A worker that was told to finish has its own deadlines (stall_seconds); this is the last word at the end.
 EXIT_FAILURE = 1
@@ -39,6 +41,8 @@ SHORTAGE_SECONDS = 0.2
 SPARE_SECONDS = 0.1
 # A spare cannot be had, or was killed: nothing is lost, so there is no hurry to try again.
 SPARE_SHORTAGE_SECONDS = 5.0
+# For those whose workers were killed, together.
+TELLING_SECONDS = 30.0
 # poll(2) takes an int of milliseconds: 24 days, and idle_seconds may be a year.
 MAX_WAIT = (1 << 31) - 1
 
@@ -50,12 +54,20 @@ class Service:
         self.listener = listener
         self.config = config
         self.idle_seconds = config.idle_seconds if may_leave else 0.0
+        # Where systemd starts us, it starts who tells of crashes, too (core_pipe-notify.path).
+        self.keeper: Keeper | None = None
+        if config.notify and not may_leave:
+            from receiver.notify.resident import Keeper  # noqa: PLC0415 - not for each crash
+
+            self.keeper = Keeper(config.store, self._close_all)
         # Those that have a connection.
         self.workers: set[int] = set()
         # The one that waits for a connection, 0 without; and our end of what ties it to us: its end closes when it has
         # one, and ours when it is to leave, or when we are killed.
         self.spare = 0
         self._tie: socket.socket | None = None
+        # The one that tells of crashes whose workers were killed, 0 without. It takes no crash's place.
+        self.teller = 0
         # When the next one is made at the soonest: while others work, and at all.
         self._next_spare = self._no_spare_until = 0.0
         self._idle_since = 0.0
@@ -73,7 +85,7 @@ class Service:
         signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
         try:
             tell_systemd("READY=1")
-            recover(self.config)
+            self._recover()
             self._loop()
         finally:
             tell_systemd("STOPPING=1")
@@ -88,13 +100,15 @@ class Service:
         self._idle_since = time.monotonic()
         while True:
             self._reap()
+            if self.keeper is not None:
+                self.keeper.turn(stopping=self.stopping, alone=not self.workers and not self.teller and not self.spare)
             if self.stopping:
                 # Whoever comes now goes elsewhere at once. A socket of systemd's keeps him for the next start.
                 self.listener.close()
                 self._untie()
-                if not self.workers:
+                if not self.workers and not self.teller and not (self.keeper and self.keeper.runs):
                     return
-            if self.workers:
+            if self.workers or self.teller:
                 self._idle_since = time.monotonic()
             poll = select.poll()
             poll.register(self._awake, select.POLLIN)
@@ -109,7 +123,9 @@ class Service:
                 self._post_spare()
                 continue
             waits = [self._seconds_to_spare()] if accepting else []
-            if self.idle_seconds and not self.workers and not self.stopping:
+            if self.keeper is not None and (seconds := self.keeper.seconds()) is not None:
+                waits.append(seconds)
+            if self.idle_seconds and not self.workers and not self.teller and not self.stopping:
                 waits.append(self._idle_since + self.idle_seconds - time.monotonic())
             events = dict(poll.poll(min(max(0.0, min(waits)) * 1000, MAX_WAIT) if waits else None))
             if self._awake in events:
@@ -127,7 +143,7 @@ class Service:
 
     def _is_idle(self) -> bool:
         since = time.monotonic() - self._idle_since
-        return 0 < self.idle_seconds <= since and not self.workers
+        return 0 < self.idle_seconds <= since and not self.workers and not self.teller
 
     def _warm_up(self) -> None:
         """Do once, while nothing waits, what each worker would have to do while a process waits for it."""
@@ -175,6 +191,14 @@ class Service:
             self.workers.add(self.spare)
             self.spare = 0
             self._begun()
+
+    def _close_all(self) -> None:
+        """Close what is the listening process's own, in a child of it that takes no connections."""
+        self.listener.close()
+        os.close(self._awake)
+        os.close(self._waker)
+        if self._tie is not None:
+            self._tie.close()
 
     def _begun(self) -> None:
         self._idle_since = time.monotonic()
@@ -258,20 +282,42 @@ class Service:
 
     def _reap(self) -> None:
         failed = False
-        for pid in (*self.workers, *([self.spare] if self.spare else [])):
+        for pid in (*self.workers, *(pid for pid in (self.spare, self.teller) if pid)):
             found, status = os.waitpid(pid, os.WNOHANG)
             if not found:
                 continue
             if pid == self.spare:
                 self._untie()
             self.workers.discard(pid)
+            if pid == self.teller:
+                self.teller = 0
             if status:
                 log(f"worker {pid} ended with {_ending(status)}", error=True)
                 # Should it have been a spare: what ends one may end the next.
                 self._no_spare_until = time.monotonic() + SPARE_SHORTAGE_SECONDS
                 failed = True
         if failed:
-            recover(self.config)
+            self._recover()
+
+    def _recover(self) -> None:
+        """Finish what killed workers left, and have a worker tell of it: what crashes has chosen is not for us."""
+        if not recover(self.config) or self.teller:
+            return
+        try:
+            pid = os.fork()
+        except OSError:
+            # They keep their marks, for the next start.
+            return
+        if pid == 0:
+            self._work(self._tell)
+        self.teller = pid
+
+    def _tell(self) -> None:
+        if self._tie is not None:
+            # Held here, it would tell the spare nothing when we are killed.
+            self._tie.close()
+        privileges.drop()
+        tell(self.config)
 
 
 def _ending(status: int) -> str:
@@ -288,17 +334,41 @@ def serve_one(connection: socket.socket, config: Config) -> int:
         connection.setblocking(True)
         serve(Channel(connection), config, confine=privileges.drop)
     # After the crashed process was let go.
-    recover(config)
+    if recover(config):
+        tell(config)
     return 0
 
 
-def recover(config: Config) -> None:
-    """Finish what workers left that were killed. A store that is not usable is said, and refuses each offer."""
+def recover(config: Config) -> bool:
+    """Finish what workers left that were killed. Returns whether there are crashes that nobody told of yet.
+
+    A store that is not usable is said, and refuses each offer.
+    """
     try:
         store = open_store(config)
         try:
             for found in store.recover():
                 log(f"crash {found} was not finished by its worker; its record says so", error=True)
+        finally:
+            untold = store.has_untold()
+            store.close()
+    except (StoreError, OSError, ValueError) as error:
+        log(str(error), error=True)
+        return False
+    return untold
+
+
+def tell(config: Config) -> None:
+    """Do what follows the crashes whose workers were killed before they could (receiver/afterwards.py)."""
+    deadline = time.monotonic() + TELLING_SECONDS
+    try:
+        store = open_store(config)
+        try:
+            for record in store.untold():
+                afterwards(record, config, store)
+                if time.monotonic() > deadline:
+                    # The rest have their marks still, for the next start.
+                    break
         finally:
             store.close()
     except (StoreError, OSError, ValueError) as error:

@@ -8,9 +8,13 @@ Names in it, ID being the record's::
     .ID.room                how much of the store it may use: a sparse file whose size is the number
     .ID.hold                blocks for its final record, taken beforehand: a full disk must not cost the record
     .ID.final               its final record: from here on it is complete, and whoever finds it finishes the renames
+    .ID.untold              a mark: it is shown, and what follows (receiver/afterwards.py) is still to be done. It is
+                            the pending record by another name, so its worker's lock is on it
     .*.new                  a file of one of these names that is being written, under the lock
     .lock                   held (flock) while names come and go and while room is given
     .history                what crashed lately, see receiver/history.py
+    .notify, .notify.state  somebody may have to be told; and what was told whom, see receiver/notify/
+    .counters               what was counted, see receiver/counters.py
 
 A name is opened relative to the directory's descriptor, made with O_EXCL and never followed; the directory must be
 writable by its owner only, so nobody can prepare, swap or guess one (H12).
@@ -28,9 +32,9 @@ import struct
 import time
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from receiver.record import Core, Record
+from receiver.record import UNLIMITED, Core, Record, microseconds
 from receiver.retention import (
     CORE_SUFFIXES,
     FULL,
@@ -100,6 +104,10 @@ class Store:
         self._retention = Retention(self, self.limits)
         # Whoever waits for the lock has a core to lose.
         self.patient = False
+        # Whoever shows a crash tells of it then: until that is done it has a mark.
+        self.tells = False
+        # Cores say whose they are, for who finds the file alone.
+        self.describes = False
         # Records that were written anew, and are not known to be on the disk.
         self._rewritten: set[str] = set()
         try:
@@ -191,6 +199,7 @@ class Store:
             if stat.S_ISREG(found.st_mode) and not found.st_nlink:
                 try:
                     os.ftruncate(fd, 0)
+                    undescribe_core(fd)
                 except OSError:
                     # btrfs over its quota: it goes with its last reader.
                     pass
@@ -355,6 +364,16 @@ class Store:
                 self._remove_core(core)
             self._unlink(name)
 
+    def forget(self, owner: str) -> bool:
+        """Remove a crash: its core, and then its record. Returns whether there was one. Raises OSError, StoreError."""
+        with self.locked():
+            names = [name for name in (owner + suffix for suffix in _SUFFIXES) if self._has(name)]
+            for name in names:
+                self._remove_core(name)
+            recorded = self._has(f"{owner}.json")
+            self._unlink(f"{owner}.json")
+        return recorded or bool(names)
+
     def names(self) -> list[str]:
         return names_in(self.directory)
 
@@ -441,6 +460,24 @@ class Store:
             # It had no readable record, or there is no room to rewrite it; its core is gone all the same.
             return None
         return record
+
+    def amend(self, owner: str, fields: dict[str, Any]) -> Record | None:
+        """Write more into a record that is visible. Returns it, None when it has gone meanwhile.
+
+        fields: of a Record, by name. No core goes for them. Raises OSError, StoreError, ValueError (what is there is no
+        record, or would be none any more).
+        """
+        with self.locked():
+            try:
+                record = self._read(f"{owner}.json")
+            except FileNotFoundError:
+                return None
+            found = Record.from_json(record.to_json() | fields)
+            if found.id != owner or len(found.dumps()) > MAX_RECORD:
+                raise ValueError("it would be no record of this crash any more")
+            self._rewrite(found)
+        self.sync()
+        return found
 
     def _rewrite(self, record: Record) -> None:
         """Replace a record, and leave its readers as they are."""
@@ -636,9 +673,55 @@ class Store:
                 recorded = False
             else:
                 self._publish(f".{owner}.json", f"{owner}.json")
-        for suffix in ("core", "room", "hold", "final", "final.new", "json"):
+        for suffix in ("core", "room", "hold", "final", "final.new"):
             self._unlink(f".{owner}.{suffix}")
+        if not (self.tells and recorded and self._mark(owner)):
+            self._unlink(f".{owner}.json")
         return recorded
+
+    def _mark(self, owner: str) -> bool:
+        """Mark a crash as one that is to be told of, where that can be done. Returns whether it is."""
+        try:
+            os.rename(f".{owner}.json", f".{owner}.untold", src_dir_fd=self.directory, dst_dir_fd=self.directory)
+        except OSError:
+            return False
+        return True
+
+    def told(self, owner: str) -> None:
+        """Take the mark off a crash that was told of. Raises OSError."""
+        self._unlink(f".{owner}.untold")
+
+    def has_untold(self) -> bool:
+        """Whether a crash has the mark, be it that its worker is just about to tell of it."""
+        return any(name.endswith(".untold") for name in self.names())
+
+    def untold(self) -> Iterator[Record]:
+        """Yield the records of crashes that nobody has told of, since their workers were killed. Raises OSError.
+
+        Each once: its mark has gone by then. Should it be the telling that ends processes, it shall end but one more.
+        """
+        for name in sorted(self.names()):
+            owner = name.removeprefix(".").removesuffix(".untold")
+            if name != f".{owner}.untold" or not ID.fullmatch(owner):
+                continue
+            try:
+                # Not waiting, should it be a FIFO.
+                fd = self._open(name, os.O_RDONLY | os.O_NONBLOCK)
+            except OSError:
+                continue
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not os.fstat(fd).st_nlink:
+                    # Another one's, who has just done it.
+                    continue
+                self.told(owner)
+                record = self.load(owner)
+            except (OSError, ValueError):
+                # Its worker lives; or its record has gone since then.
+                continue
+            finally:
+                os.close(fd)
+            yield record
 
     def _sync(self, name: str) -> None:
         # Not blocking, should it be a FIFO.
@@ -716,6 +799,7 @@ class Entry:
         # What grow() was asked for last, and up to where it need not look.
         self._size = 0
         self._granted = 0
+        self._promised = 0
         # The end that was sealed: another one may be given to the record afterwards.
         self._sealed: Core | None = None
         self.core = -1
@@ -814,6 +898,7 @@ class Entry:
         fd = self.store._open(name, os.O_WRONLY | (os.O_CREAT | os.O_EXCL if new else 0))  # noqa: SLF001
         try:
             os.ftruncate(fd, room)
+            self._promised = room
         except BaseException:
             if new:
                 # Whoever asks again makes it again.
@@ -864,6 +949,11 @@ class Entry:
             record.core.path = None
         else:
             self._publish_core(readers)
+            if self.store.describes:
+                describe_core(self.core, record)
+                if os.fstat(self.core).st_blocks * 512 > self._promised:
+                    # It wanted a block (ext4), and none was promised to us.
+                    undescribe_core(self.core)
             found = os.fstat(self.core)
             record.core.stored_bytes = found.st_blocks * 512
             record.core.file_bytes = found.st_size
@@ -918,8 +1008,14 @@ class Entry:
         self._sync_sealed()
         with self.store.locked(patient=True):
             self.store._insist(lambda: self.store._roll(owner))  # noqa: SLF001
-        self._close_lock()
+        if not self.store.tells:
+            self._close_lock()
         self.store.sync()
+
+    def told(self) -> None:
+        """Say that what follows a crash is done (receiver/afterwards.py). Raises OSError."""
+        self.store.told(self.record.id)
+        self._close_lock()
 
     def _sync_sealed(self) -> None:
         """See what was sealed on the disk, at the cost of old cores where that is full. Raises OSError."""
@@ -952,6 +1048,48 @@ def write_all(fd: int, data: bytes | memoryview) -> None:
     rest = memoryview(data)
     while rest:
         rest = rest[os.write(fd, rest) :]
+
+
+_ATTRIBUTE = "user.coredump."
+
+
+def describe_core(fd: int, record: Record) -> None:
+    """Write on a core's file whose it is, as systemd-coredump does, for who finds the file alone. Never raises.
+
+    Not every file system has room for it, or a place at all.
+    """
+    found = {
+        "pid": record.pid,
+        "uid": record.uid,
+        "gid": record.gid,
+        "signal": record.signal,
+        "timestamp": microseconds(record.timestamp),
+        "rlimit": UNLIMITED if record.core_limit is None else record.core_limit,
+        "hostname": record.host_name,
+        "comm": record.comm,
+        "exe": record.exe,
+    }
+    for name, value in found.items():
+        if value is None:
+            continue
+        try:
+            os.setxattr(fd, _ATTRIBUTE + name, str(value).encode("utf-8", "backslashreplace"))
+        except OSError as error:
+            if error.errno in (*FULL, errno.EOPNOTSUPP):
+                return
+
+
+def undescribe_core(fd: int) -> None:
+    """Take it off again, and the block that it may have. Raises OSError."""
+    try:
+        names = os.listxattr(fd)
+    except OSError as error:
+        if error.errno == errno.EOPNOTSUPP:
+            return
+        raise
+    for name in names:
+        if name.startswith(_ATTRIBUTE):
+            os.removexattr(fd, name)
 
 
 ACL = "system.posix_acl_access"

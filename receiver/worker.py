@@ -9,17 +9,18 @@ import time
 from typing import TYPE_CHECKING
 
 from receiver import plan, protocol
+from receiver.afterwards import afterwards
 from receiver.capture import Capture, TooLarge, Unneeded, Wish
 from receiver.cgroup import cpu_stat
 from receiver.history import KEPT, PROGRAM, REFUSED, History
-from receiver.log import log
+from receiver.log import goes_to_journal, log
 from receiver.process import MAX_ARGUMENTS, MAX_ENVIRONMENT, OVERFLOW_ID, Process, arguments, mask, user_may_read
 from receiver.protocol import Channel, Message, PeerGone, ProtocolError, printable
 from receiver.record import UNLIMITED, Core, Record, signal_name, text
 from receiver.store import NoRoom, Store, StoreError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     from receiver.config import Config
     from receiver.store import Entry
@@ -37,10 +38,11 @@ class Offered:
     """An offer that was looked at: its record so far, and what else it says.
 
     core_limit: bytes, UNLIMITED for none. begun: time.monotonic(). reader: the uid that may read the core besides root.
-    memory: a descriptor of the process's memory, -1 without; to be closed with `close`.
+    memory: a descriptor of the process's memory, -1 without; to be closed with `close`. witness: what was seen of its
+    core, once that is known.
     """
 
-    __slots__ = ("begun", "core_limit", "memory", "reader", "record")
+    __slots__ = ("begun", "core_limit", "memory", "reader", "record", "witness")
 
     def __init__(self, record: Record, core_limit: int, begun: float) -> None:
         self.record = record
@@ -48,6 +50,7 @@ class Offered:
         self.begun = begun
         self.reader: int | None = None
         self.memory = -1
+        self.witness: Witness | None = None
 
     def take_memory(self) -> int:
         """Return the descriptor, which is the caller's from now on."""
@@ -60,8 +63,10 @@ class Offered:
 
 
 def open_store(config: Config) -> Store:
-    """Open the configured store. Raises StoreError."""
-    return Store.configured(config)
+    """Open the configured store, to keep crashes and to tell of them. Raises StoreError."""
+    store = Store.configured(config)
+    store.tells = store.describes = True
+    return store
 
 
 def serve(channel: Channel, config: Config, *, confine: Callable[[], None] = lambda: None) -> Record | None:
@@ -154,9 +159,8 @@ def look_at(offer: Message, config: Config) -> Offered:
     record.tried = [printable(line) for line in offer.fields.get("tried", b"").splitlines()[:16]]
     record.host_name = os.uname().nodename
     offered = Offered(record, offer.number("core_limit", UNLIMITED), time.monotonic())
-    secret = re.compile(config.secret_pattern, re.IGNORECASE)
-    secure = _look_at_process(offered) if process.pid and thread.pid else None
-    _fill_in(record, offer, secret)
+    secure = _look_at_process(offered, config.facts) if process.pid and thread.pid else None
+    _fill_in(record, offer, config)
     if secure is None:
         secure = offer.fields.get("secure") != b"0"
     if user_may_read(record, secure=secure):
@@ -164,7 +168,7 @@ def look_at(offer: Message, config: Config) -> Offered:
     return offered
 
 
-def _look_at_process(offered: Offered) -> bool | None:
+def _look_at_process(offered: Offered, facts: Collection[str]) -> bool | None:
     """Fill in what /proc tells here. Returns whether the process is secure (AT_SECURE), None when that is hidden."""
     record = offered.record
     try:
@@ -175,22 +179,32 @@ def _look_at_process(offered: Offered) -> bool | None:
     try:
         if process.is_dumping() is False:
             raise Unwanted("the process it names is not dumping core")
-        process.describe(record)
+        process.describe(record, facts)
         offered.memory = process.open_memory()
         return process.is_secure()
     finally:
         process.close()
 
 
-def _fill_in(record: Record, offer: Message, secret: re.Pattern[str]) -> None:
-    """Take from the offer what cannot be read here: not safely, or not without CAP_SYS_PTRACE."""
+def _fill_in(record: Record, offer: Message, config: Config) -> None:
+    """Take from the offer what the host knows alone, or what cannot be read here: not safely, or without privileges."""
     for name in ("exe", "cwd"):
         if getattr(record, name) is None and name in offer.fields:
             setattr(record, name, text(offer.fields[name]))
-    if "cmdline" in offer.fields:
-        record.command_line = arguments(offer.fields["cmdline"][:MAX_ARGUMENTS])
-    if "environ" in offer.fields:
+    secret = re.compile(config.secret_pattern, re.IGNORECASE)
+    if "cmdline" in offer.fields and "command_line" in config.facts:
+        record.command_line = arguments(offer.fields["cmdline"][:MAX_ARGUMENTS], secret)
+    if "environ" in offer.fields and "environment" in config.facts:
         record.environment = mask(offer.fields["environ"][:MAX_ENVIRONMENT], secret)
+    if offer.fields.get("container") and "container" in config.facts:
+        from receiver import engine  # noqa: PLC0415  (import budget)
+
+        record.container = engine.describe(_path_of(offer.fields["container"]))
+
+
+def _path_of(key: bytes) -> str:
+    r"""Return the cgroup's path that a container's key stands for: `!` is in the place of `/`, and of `\` in `\x2d`."""
+    return re.sub(r"!x([0-9a-f]{2})", r"\\x\1", printable(key)).replace("!", "/")
 
 
 def _keep(channel: Channel, config: Config, store: Store, offered: Offered, begun: float) -> Record | None:
@@ -217,15 +231,42 @@ def _keep(channel: Channel, config: Config, store: Store, offered: Offered, begu
         entry.finish(readers=offered.reader)
     except Exception as error:
         # Whatever it was: no core, and a record that says why; unless it is complete.
-        _finish_without_core(entry, error, offered)
-    finally:
+        if not _finish_without_core(entry, error, offered):
+            entry.close()
+            _log_end(record)
+            return record
+    except BaseException:
         entry.close()
-    _log_end(record)
+        raise
+    try:
+        _follow(config, entry, offered)
+    finally:
+        # Until here nobody else tells of it.
+        entry.close()
     return record
 
 
-def _finish_without_core(entry: Entry, error: Exception, offered: Offered) -> None:
-    """Bring a crash to its end that something went wrong with. What is sealed stays as it is: nothing is lost then."""
+def _follow(config: Config, entry: Entry, offered: Offered) -> None:
+    """Do what comes after a crash that is shown: nobody waits for it. What goes wrong is said."""
+    store, record = entry.store, entry.record
+    if record.core.state != "none" or offered.core_limit == 0:
+        # Not for those that crash again and again, of which nobody wants to know more.
+        from receiver import facts  # noqa: PLC0415  (the process has been let go)
+
+        facts.complete(record, config, store, offered.witness, offered.reader)
+    if not (afterwards(record, config, store) and goes_to_journal()):
+        _log_end(record)
+    try:
+        entry.told()
+    except OSError as error:
+        log(f"crash {record.id}: its mark cannot be taken off ({error.strerror})", error=True)
+
+
+def _finish_without_core(entry: Entry, error: Exception, offered: Offered) -> bool:
+    """Bring a crash to its end that something went wrong with. Returns whether it is shown.
+
+    What is sealed stays as it is: nothing is lost then.
+    """
     owner, core = entry.record.id, entry.record.core
     reason = f"the core could not be kept: {str(error) or type(error).__name__}"
     # (Another file has its name: nobody could ever show it.)
@@ -238,6 +279,8 @@ def _finish_without_core(entry: Entry, error: Exception, offered: Offered) -> No
     except (OSError, StoreError) as again:
         # What was sealed or begun stands: the next start makes it visible.
         log(f"crash {owner}: {reason}; and it could not be finished: {again}", error=True)
+        return False
+    return True
 
 
 def _accept(channel: Channel, want: bytes, deadline: float) -> None:
@@ -339,6 +382,7 @@ def _capture(fd: int, config: Config, entry: Entry, offered: Offered) -> None:
         return found > config.same_max
 
     def witnessed(witness: Witness) -> None:
+        offered.witness = witness
         _complete(record, witness)
         record.threads = len(witness.notes.threads)
         record.build_id = witness.build_of_program()
