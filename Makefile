@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long test-defences measure bench lint clean
+.PHONY: help setup demo test test-long test-defences measure bench screenshot man written lint clean
 
 # The system's Python: the kernel starts the stub with it, and containers made from this machine have it at the same place.
 PYTHON ?= /usr/bin/python3
@@ -12,7 +12,7 @@ VENV := .venv
 # What the programs are built with, what the demo shows, and what the tests crash, boot and read cores with.
 BUILD_PACKAGES := python3 python3-venv python3-dev gcc libc6-dev pkg-config libsystemd-dev libcap-dev
 DEMO_PACKAGES  := systemd systemd-container gdb
-TEST_PACKAGES  := podman runc util-linux elfutils binutils btrfs-progs e2fsprogs
+TEST_PACKAGES  := podman runc util-linux elfutils binutils btrfs-progs e2fsprogs man-db mandoc zsh fish user-mode-linux
 PACKAGES := $(BUILD_PACKAGES) $(DEMO_PACKAGES) $(TEST_PACKAGES)
 
 help: ## this list
@@ -53,6 +53,18 @@ bench: setup ## how long crashes take, beside the kernel's file and systemd-core
 	@$(VENV)/bin/python -c 'import matplotlib' 2>/dev/null \
 	    || $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --use-pep517 -e '.[bench]'
 	@$(SUDO) $(VENV)/bin/python -m tests.bench $(BENCH_ARGS)
+
+screenshot: setup ## a picture of the report, docs/report.png, in a real browser (installs chromium when it is missing)
+	@command -v chromium >/dev/null || $(SUDO) env DEBIAN_FRONTEND=noninteractive \
+	    sh -c "apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium" > /dev/null
+	@$(VENV)/bin/python -m tests.screenshot
+
+man: setup ## the manual's pages in dist/man; look at one with man -l
+	@$(VENV)/bin/python docs/man/render.py dist/man
+
+written: setup ## write anew what the documents have from the code: settings, options, fields
+	@$(VENV)/bin/python -m tests.test_docs --write
+	@$(VENV)/bin/python -m tests.test_man --write
 
 lint: setup ## ruff and mypy alone
 	@$(VENV)/bin/ruff check .

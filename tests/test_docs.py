@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +22,7 @@ import receiver.cli
 import receiver.ctl.command
 from forwarder import install
 from receiver import config, protocol
+from receiver.notify import settings as callbacks
 from tests.support.containers import PlainContainer
 from tests.support.crash import compile_crasher
 from tests.support.mounts import CHECKOUT
@@ -114,8 +117,8 @@ def test_the_protocol_has_every_field_that_is_used(package: str) -> None:
     text = text_of(ROOT / "docs/protocol.md")
     used: set[str] = set()
     for source in (ROOT / package).rglob("*.py"):
-        if source.name in ("apart.py", "ready.py", "route.py"):
-            # The stub's own words with its process apart; the same messages, but not this protocol.
+        if source.name in ("apart.py", "ready.py", "route.py") or source.parent.name == "ctl":
+            # Own words with a process apart (the stub's, corepipectl's); the same messages, but not this protocol.
             continue
         for node in ast.walk(ast.parse(text_of(source))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.args:
@@ -156,6 +159,15 @@ A receiver with wrong settings refuses every offer and says why, to the forwarde
 wherever it is kept then, has the reason.
 
 @RECEIVER@
+## Callbacks: `[[notify]]`
+
+Tables in the receiver's file, one for each who is to be told of crashes: [callbacks.md](callbacks.md). A mistake in one
+costs no core; it is said by the service that tells.
+
+@NOTIFY@
+Conditions, in the table `when`:
+
+@WHEN@
 ## The forwarder
 
 Read by `core-pipe-forwarder install` and put into what it installs: no crash reads a file, and a change counts when it
@@ -190,7 +202,15 @@ def configuration() -> str:
         f"- In the environment: `{install._ENVIRONMENT}{name.upper()}`\n"
         for name, (default, least, most, meaning) in install._NUMBERS.items()
     ]
-    text = CONFIGURATION_TEXT.replace("@RECEIVER@", "\n".join(rows)).replace("@FORWARDER@", "\n".join(forwarders))
+    notify, when = (
+        "\n".join(
+            f"### `{key.name}` ({of})\n\n{key.meaning}\n\n- Default: `{key.default}`\n- Allowed: {key.allowed}\n"
+            for key in keys
+        )
+        for of, keys in (("notify", callbacks.KEYS), ("notify.when", callbacks.WHEN))
+    )
+    text = CONFIGURATION_TEXT.replace("@NOTIFY@", notify).replace("@WHEN@", when)
+    text = text.replace("@RECEIVER@", "\n".join(rows)).replace("@FORWARDER@", "\n".join(forwarders))
     text = text.replace("@DEFAULT_PATH@", config.DEFAULT_PATH).replace("@PATH_VARIABLE@", config.PATH_VARIABLE)
     return text.replace("@STORE@", install.STORE)
 
@@ -207,10 +227,50 @@ def test_every_setting_is_documented(name: str) -> None:
 @pytest.mark.parametrize("document", names(DOCUMENTS))
 def test_settings_in_the_documents_are_settings(document: str) -> None:
     for block in blocks(text_of(ROOT / document), "toml"):
-        for line in block.splitlines():
-            assert line.partition(" =")[0] in {setting.name for setting in config.SETTINGS} | set(install._NUMBERS), (
-                line
-            )
+        known = {setting.name for setting in config.SETTINGS} | set(install._NUMBERS) | set(config._TABLES)
+        assert tomllib.loads(block).keys() <= known, block
+
+
+# Reasons, in docs/operations.md
+
+
+def texts(node: ast.expr | None) -> list[str]:
+    """The fixed parts of a text in the code."""
+    match node:
+        case ast.Constant(value=str(text)):
+            return [text]
+        case ast.JoinedStr(values=values):
+            return [part.value for part in values if isinstance(part, ast.Constant) and isinstance(part.value, str)]
+        case ast.IfExp(body=body, orelse=orelse):
+            return texts(body) + texts(orelse)
+        case _:
+            return []
+
+
+def reasons() -> Iterator[tuple[str, str]]:
+    """Where the code says why there is no core, no whole one, or no receiver; and what it says."""
+    for source in [*ROOT.glob("receiver/*.py"), *ROOT.glob("forwarder/*.py")]:
+        for node in ast.walk(ast.parse(text_of(source))):
+            found: list[str] = []
+            if not isinstance(node, ast.Call | ast.Assign):
+                continue
+            if isinstance(node, ast.Call):
+                if ast.unparse(node.func).rpartition(".")[2] in ("Refused", "NoRoom", "TooLarge", "PeerGone"):
+                    found = [text for argument in node.args for text in texts(argument)]
+                found += [text for word in node.keywords if word.arg == "reason" for text in texts(word.value)]
+            elif ast.unparse(node.targets[0]) == "reason":
+                found = texts(node.value)
+            for text in found:
+                if len(text.strip(" :;,()")) >= 10:
+                    yield f"{source.relative_to(ROOT)}:{node.lineno}", text.strip(" :;,()")
+
+
+def test_every_reason_is_explained_to_operators() -> None:
+    text = " ".join(text_of(ROOT / "docs/operations.md").split())
+    found = dict(reasons())
+    assert len(found) > 25
+    missing = [f"{where}: {reason}" for where, reason in found.items() if reason not in text]
+    assert not missing, "docs/operations.md has no row for these:\n" + "\n".join(missing)
 
 
 # Links, and names of tests
@@ -253,7 +313,8 @@ def test_files_and_tests_that_are_named_exist(document: str) -> None:
 # Commands
 
 
-def help_of(program: str, arguments: list[str]) -> str | None:
+@functools.cache
+def help_of(program: str, *arguments: str) -> str | None:
     """What `program ARGUMENTS --help` says; None when it takes no such arguments."""
     mains = {
         "core-pipe-forwarder": forwarder.cli.__file__,
@@ -294,10 +355,10 @@ def test_commands_are_found() -> None:
 def test_commands_are_ones_that_the_programs_know(document: str) -> None:
     for program, *arguments in commands(ROOT / document):
         subcommand = [word for word in arguments[:1] if not word.startswith("-")]
-        said = help_of(program, subcommand)
+        said = help_of(program, *subcommand)
         assert said is not None, f"{document}: {program} has no command {subcommand}"
         if subcommand:
-            top = help_of(program, [])
+            top = help_of(program)
             assert top is not None
             assert re.search(rf"^    {subcommand[0]}\s", top, re.MULTILINE), f"{document}: {program} {subcommand}"
         for word in arguments:
@@ -308,8 +369,8 @@ def test_commands_are_ones_that_the_programs_know(document: str) -> None:
 
 @pytest.mark.parametrize("document", names(DOCUMENTS))
 def test_targets_of_make_exist(document: str) -> None:
-    known = set(re.findall(r"^([a-z]+):", text_of(ROOT / "Makefile"), re.MULTILINE))
-    for target in re.findall(r"(?:^|`)make ([a-z]+)", text_of(ROOT / document), re.MULTILINE):
+    known = set(re.findall(r"^([a-z-]+):", text_of(ROOT / "Makefile"), re.MULTILINE))
+    for target in re.findall(r"(?:^|`)make ([a-z-]+)", text_of(ROOT / document), re.MULTILINE):
         assert target in known, f"{document}: make {target}"
 
 
