@@ -59,10 +59,13 @@ class Look:
         self._channel = Channel(ours)
         self._deadline = deadline
 
-    def answer(self) -> Message:
-        """Wait for the next answer; the caller owns the descriptor in it. Raises Stuck."""
+    def answer(self, deadline: float | None = None) -> Message:
+        """Wait for the next answer; the caller owns the descriptor in it. Raises Stuck.
+
+        deadline: a later one, for who had to wait for another child first.
+        """
         try:
-            return self._channel.receive(self._deadline + GRACE_SECONDS)
+            return self._channel.receive((deadline or self._deadline) + GRACE_SECONDS)
         except (ProtocolError, PeerGone, TimeoutError, OSError):
             raise Stuck("what stands there does not answer") from None
 

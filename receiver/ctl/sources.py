@@ -24,6 +24,25 @@ class Source:
         """Return a descriptor of the core as it is stored, which is the caller's. Raises StoreError, OSError."""
         raise NotImplementedError
 
+    def program(self, record: Record) -> str | None:
+        """Return the path by which a debugger here opens a crash's program, None when there is none."""
+        del record
+        return None
+
+    def sysroot(self, record: Record) -> str | None:
+        """Return the directory in which a debugger finds a crash's libraries, None when that is this place's root."""
+        del record
+        return None
+
+    def debugger_arguments(self, debugger: str) -> list[str]:
+        """Return what a debugger has to be told of the place that the crash was in. debugger: its command."""
+        del debugger
+        return []
+
+    def debugger_user(self) -> int | None:
+        """Return the uid that a debugger is to be run by, None for ours: a stranger's files are not for root."""
+        return None
+
 
 class Local(Source):
     """The store of this place. store: for those commands that change it."""
@@ -35,6 +54,8 @@ class Local(Source):
     def _recover(self) -> None:
         """Finish what a receiver left that ended with its container; for who may not, it waits for the next one."""
         if os.geteuid() == 0:
+            # What follows them is the receiver's, at its next start.
+            self.store.tells = True
             try:
                 self.store.recover()
             except (OSError, StoreError):
@@ -53,6 +74,12 @@ class Local(Source):
 
     def open_core(self, record: Record) -> int:
         return self.store.open_core(record)
+
+    def program(self, record: Record) -> str | None:
+        if not record.exe or not record.exe.startswith("/"):
+            return None
+        path = record.exe.removesuffix(" (deleted)")
+        return path if os.path.isfile(path) else None
 
 
 class Nothing(Source):
