@@ -7,9 +7,10 @@ import contextlib
 import os
 import sys
 
-from forwarder import __version__, ingress, install, ledger_command, ledger_unit
+from forwarder import __version__, ingress, install, ledger_command, ledger_unit, metrics, quota_command
 from forwarder.staging import InstallError
 from forwarder.status import status
+from receiver import completion
 from receiver.activation import ActivationError
 
 # As systemctl(1): 3 for what is not active because it was never started.
@@ -41,6 +42,9 @@ Exit status:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == [completion.COMMAND]:
+        return completion.answer(_parser(), arguments[1:])
     options = _parser().parse_args(arguments)
     # Values from the kernel can have any bytes in them.
     for stream in (sys.stdout, sys.stderr):
@@ -58,6 +62,10 @@ def main(arguments: list[str] | None = None) -> int:
             return OK
         if options.command == "ledger":
             return ledger_command.run(options)
+        if options.command == "quota":
+            return quota_command.run(options)
+        if options.command == "metrics":
+            return metrics.run(options)
         return _status(json=options.json)
     except InstallError as error:
         return _fail(error.fact, error.mend)
@@ -99,6 +107,8 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("status", help="show who gets the cores, and what is wrong")
     command.add_argument("--json", action="store_true", help="for programs")
     ledger_command.register(commands)
+    quota_command.register(commands)
+    metrics.register(commands)
     return parser
 
 
@@ -158,6 +168,7 @@ def _status(*, json: bool) -> int:
             ("kernel has", ", ".join(features) or "nothing that could be told without a crash"),
             ("host's receiver", "there" if found.host_receiver else "not there"),
             ("ledger", ledger_command.in_short(found.ledger)),
+            ("quota warnings", quota_command.in_short(found.ledger, told=bool(found.features["quota_netlink"]))),
         ]
         for name, value in rows:
             print(f"{name:>15}: {value}")

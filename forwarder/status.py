@@ -35,6 +35,7 @@ from forwarder.install import (
 )
 from forwarder.ledger import Summary, summary
 from forwarder.ledger.book import BOOK
+from forwarder.quota.events import kernel_tells
 from forwarder.staging import DamagedError, InstallError
 
 if TYPE_CHECKING:
@@ -297,6 +298,7 @@ def _features() -> dict[str, object]:
         # It came after %F. Without the file nothing is known: %F went into stable kernels too, so the version says
         # nothing, and core_pattern takes any letter. Then the first crash tells, by its argument F.
         features["pidfd"] = True
+    features["quota_netlink"] = kernel_tells()
     return features
 
 

@@ -350,6 +350,48 @@ DEFENCES = [
         "pass",
         "tests/test_ledger.py -k 'which_record or exactly'",
     ),
+    Defence(
+        "quota warnings: only the kernel is believed",
+        "forwarder/quota/events.py",
+        "if sender[0] == 0 and (found",
+        "if (found",
+        "tests/test_quota_warnings.py -k only_the_kernel",
+    ),
+    Defence(
+        "quota warnings: a storm is one record",
+        "forwarder/quota/watch.py",
+        "if one is not None and abs(now - one.at) >= RECORD_SECONDS:",
+        "if one is not None:",
+        "tests/test_quota_warnings.py -k an_hour",
+    ),
+    Defence(
+        "quota warnings: a storm leaves the watcher time for the others",
+        "forwarder/quota/watch.py",
+        "self._resume_at = time.monotonic() + TURN_SECONDS",
+        "self._resume_at = 0.0",
+        "tests/test_quota_warnings.py -k its_turn",
+    ),
+    Defence(
+        "quota warnings: many ids of one container share a record",
+        "forwarder/quota/watch.py",
+        "if self._ids[owner.key] > MAX_IDS:",
+        "if self._ids[owner.key] > 1 << 60:",
+        "tests/test_quota_warnings.py -k drive_out",
+    ),
+    Defence(
+        "quota warnings: whoever has the most records gives one",
+        "forwarder/quota/tally.py",
+        "if one.key == most)",
+        "if one.key or most)",
+        "tests/test_quota_warnings.py -k drive_out",
+    ),
+    Defence(
+        "quota warnings: where several containers share an id, none is picked",
+        "forwarder/quota/owners.py",
+        "            if size == most:\n                found |= space.cgroups",
+        "            if size == most:\n                found = {min(space.cgroups)}",
+        "tests/test_quota_warnings.py -k may_be",
+    ),
 ]
 
 

@@ -25,7 +25,8 @@ from receiver import process as module
 from receiver.auxv import is_secure
 from receiver.cgroup import cgroup_path
 from receiver.config import Config
-from receiver.process import MASK, Process, arguments, mask, user_may_read
+from receiver.masking import MASK
+from receiver.process import Process, arguments, mask, user_may_read
 from receiver.record import Record
 from receiver.store import MAX_RECORD
 

@@ -16,13 +16,13 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tests.support.journals import JOURNALD, unpack_coredump
 from tests.support.waiting import read_line, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SOCKET = "/run/systemd/coredump"
-JOURNALD = "/lib/systemd/systemd-journald"
 JOURNAL = "/run/systemd/journal"
 # Its own sysctl.d file: as many dumps at once, and what the kernel tells.
 PIPE_LIMIT = 16
@@ -75,15 +75,8 @@ class Peer:
 def running(base: str, store: str) -> Iterator[Peer]:
     """Download, unpack and start it. base: a folder for its things. store: where cores are to go."""
     os.makedirs(f"{base}/etc")
-    done = subprocess.run(
-        ["apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", "systemd-coredump"],
-        cwd=base, capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
-    packages = glob.glob(f"{base}/systemd-coredump_*.deb")
-    if done.returncode != 0 or not packages:
-        raise RuntimeError(f"apt-get download systemd-coredump: {done.stderr}. Run apt-get update")
-    subprocess.run(["dpkg-deb", "-x", packages[0], f"{base}/x"], check=True, timeout=60)
-    (program,) = glob.glob(f"{base}/x/**/lib/systemd/systemd-coredump", recursive=True)
+    unpacked = unpack_coredump(base)
+    (program,) = glob.glob(f"{unpacked}/**/lib/systemd/systemd-coredump", recursive=True)
     peer = Peer(base, f"|{program} {ARGUMENTS}")
     peer.configure(compress=True)
     with contextlib.ExitStack() as stack:

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from tests.support.receivers import Forwarder
 
 
+# What a store has beside crashes.
+BOOKS = {".lock", ".history", ".counters"}
+
+
 @dataclass(frozen=True)
 class Landed:
     """A record, and the two files as the host sees them."""
@@ -37,7 +41,7 @@ def store_of(place: Container, forwarder: Forwarder) -> Path:
 def names(store: Path) -> set[str]:
     """All that a store holds, what is hidden in it too."""
     with contextlib.suppress(FileNotFoundError):
-        return set(os.listdir(store)) - {".lock", ".history"}
+        return set(os.listdir(store)) - BOOKS
     return set()
 
 
