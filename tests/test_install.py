@@ -464,7 +464,7 @@ class TestStatus:
             "version": {"staged": __version__, "current": __version__},
             "features": found.features,
             "host_receiver": True,
-            "ledger": {"watched": False, "since": None, "lost": 0, "passed": 0, "unclear": 0},
+            "ledger": {"watched": False, "since": None, "lost": 0, "passed": 0, "unclear": 0, "quota_warnings": 0},
             "problems": [],
         }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import sys
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 from receiver import __version__, completion
@@ -64,8 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        with quiet_pipe():
-            return int(options.run(Context(options)))
+        with quiet_pipe(), closing(Context(options)) as context:
+            return int(options.run(context))
     except (UsageProblem, StoreError, ConfigError) as error:
         print(f"corepipectl: {error}", file=sys.stderr)
     except OSError as error:

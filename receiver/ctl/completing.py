@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -28,8 +29,9 @@ def crashes(given: argparse.Namespace, prefix: str) -> Iterator[tuple[str, str]]
     Raises UsageProblem, StoreError, ConfigError, OSError.
     """
     records: list[Record] = []
-    for source in Context(given).sources:
-        records += source.records()[0]
+    with closing(Context(given)) as context:
+        for source in context.sources:
+            records += source.records()[0]
     records.sort(key=lambda record: record.id, reverse=True)
     for record in islice(records, _MAX_RECORDS):
         about = f"{record.signal_name} {record.timestamp} {record.exe or record.comm}"

@@ -116,7 +116,7 @@ def sources(wanted: str | None, *, store: str | None = None, own_store: str | No
     found: list[Source] = []
     for source in read_all(Foreign(place, store=store) for place in places[:MOST]):
         if not source.has_store or source.identity in seen:
-            source.place.close()
+            source.close()
             continue
         seen.add(source.identity)
         found.append(source)

@@ -16,10 +16,15 @@ if TYPE_CHECKING:
 
 
 class Context:
-    """A call of corepipectl. options: the parsed arguments."""
+    """A call of corepipectl. options: the parsed arguments. Owns where it looks, until `close`."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
+        self._looked: list[Source] = []
+
+    def close(self) -> None:
+        while self._looked:
+            self._looked.pop().close()
 
     @cached_property
     def path(self) -> str:
@@ -46,15 +51,21 @@ class Context:
         if machine:
             from receiver.ctl import containers  # noqa: PLC0415 - what looks into containers is large
 
-            return containers.sources(machine, store=self.options.store)
+            return self._kept(containers.sources(machine, store=self.options.store))
         own = self._own_path
-        found: list[Source] = [Local(Store(own, create=False)) if os.path.lexists(own) else Nothing()]
+        found = self._kept([Local(Store(own, create=False)) if os.path.lexists(own) else Nothing()])
         if every:
             from receiver.ctl import containers  # noqa: PLC0415
 
-            found += containers.sources(None, store=self.options.store, own_store=own)
+            found += self._kept(containers.sources(None, store=self.options.store, own_store=own))
         return found
+
+    def _kept(self, sources: list[Source]) -> list[Source]:
+        self._looked += sources
+        return sources
 
     def store(self) -> Store:
         """Return the store of this place with its limits, for what changes it. Raises StoreError, ConfigError."""
-        return Local(Store.configured(load(), path=self.path, create=False)).store
+        local = Local(Store.configured(load(), path=self.path, create=False))
+        self._kept([local])
+        return local.store

@@ -123,6 +123,18 @@ class Foreign(Source):
         found.sort(key=lambda record: record.id)
         self._found = (found, unreadable)
 
+    def close(self) -> None:
+        if self._look is not None:
+            self._look.close()
+            self._look = None
+        if self._core is not None:
+            os.close(self._core[1])
+            self._core = None
+        if self._sysroot is not None:
+            self._sysroot.close()
+            self._sysroot = None
+        self.place.close()
+
     @property
     def where(self) -> str:
         """The store's directory in the container, as far as it is known."""

@@ -43,6 +43,9 @@ class Source:
         """Return the uid that a debugger is to be run by, None for ours: a stranger's files are not for root."""
         return None
 
+    def close(self) -> None:
+        """Let go of what is open, and of what was made."""
+
 
 class Local(Source):
     """The store of this place. store: for those commands that change it."""
@@ -80,6 +83,9 @@ class Local(Source):
             return None
         path = record.exe.removesuffix(" (deleted)")
         return path if os.path.isfile(path) else None
+
+    def close(self) -> None:
+        self.store.close()
 
 
 class Nothing(Source):
