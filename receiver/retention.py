@@ -91,8 +91,17 @@ def limits_of(config: Config) -> Limits:
     )
 
 
+# What a quota event ends with, of which callbacks are told: receiver/notify/quota.py.
+QUOTA = ".quota.json"
+
+
 def names_in(directory: int) -> list[str]:
-    """Return the names in a directory now.
+    """Return the names of a store's records and cores, and of what belongs to them: all but those of quota events."""
+    return [name for name in listed(directory) if not name.endswith(QUOTA)]
+
+
+def listed(directory: int) -> list[str]:
+    """Return all names in a directory now.
 
     Not by listing its own descriptor: on btrfs that may know only what was there when it was opened, or rewound at the
     end of its last listing (9b378f6ad48c and 357950361cbc, Linux 6.6).

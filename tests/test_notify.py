@@ -25,7 +25,7 @@ import pytest
 
 from receiver import images, notify
 from receiver.config import Config, ConfigError, load
-from receiver.notify import events, queue
+from receiver.notify import events, queue, quota
 from receiver.notify.queue import Line, Queue
 from receiver.notify.settings import KEYS, WHEN, Callback, Filter, callbacks_of
 from receiver.record import Core, Record
@@ -316,6 +316,9 @@ def test_addresses(tmp_path: Path, url: str, found: tuple[object, ...]) -> None:
         ('run = ["/bin/true"]\nwhen = {signal = []}', "is no list of conditions"),
         ('run = ["/bin/true"]\nwhen = {state = ["kept"]}', "has a state that is none"),
         ('run = ["/bin/true"]\nwhen = {every = 0}', "is out of range"),
+        ('run = ["/bin/true"]\nevents = []', "is no list of events"),
+        ('run = ["/bin/true"]\nevents = ["quotas"]', "has an event that is none"),
+        ('run = ["/bin/true"]\nevents = "quota"\nwhen = {first = true}', "conditions for crashes"),
         ('run = ["/bin/true"]\ntimout = 5', "Did you mean 'timeout'?"),
         ('run = ["/bin/true"]\nname2 = 5', "Did you mean 'name'?"),
         ('run = ["/bin/true"]\n[[notify]]\nname = "x"\nrun = ["/bin/true"]', "another one of the name 'x'"),
@@ -1047,6 +1050,133 @@ def test_a_record_that_has_gone_is_counted(place: Place) -> None:
     assert place.deliver() == []
     assert place.ids() == [stays.id]
     assert place.line().counters == {"delivered": 1, "failed": 0, "given_up": 0, "dropped": 1}
+
+
+# Quotas
+
+
+def an_event(**values: Any) -> dict[str, Any]:
+    return quota.made_up() | {"host_name": "host7", "id": 701000} | values
+
+
+def quotas_in(place: Place) -> list[str]:
+    return sorted(quota.owners_in(place.store.directory))
+
+
+@needs_root
+def test_a_quota_event_is_told_to_whom_it_concerns(place: Place, server: Server) -> None:
+    program = place.program('cat >"$TOLD/$CORE_PIPE_CALLBACK.$CORE_PIPE_ID"')
+    place.configure(
+        f'name = "server"\nevents = ["quota"]\n{server.post}',
+        f'name = "crashes"\n{program}',
+        # Not for quotas.
+        f'name = "both"\nevents = ["crash", "quota"]\nwhen = {{ signal = "ABRT", first = true }}\n{program}',
+    )
+    record = place.crash()
+    assert quota.leave(str(place.path), [an_event(), an_event(containers=["docker:a", "host"])]) == (0, "")
+    one, two = quotas_in(place)
+    assert (place.path / f"{one}.quota.json").stat().st_mode & 0o777 == 0o600
+    assert place.deliver() == []
+    assert sorted(server.ids()) == [one, two]
+    told = {body["id"]: body for body in (json.loads(body) for _, _, body in server.requests)}
+    assert {body["type"] for body in told.values()} == {"org.core_pipe.quota.v1"}
+    by_source = {body["source"]: body for body in told.values()}
+    assert by_source["/host7/docker:core_pipe-test"]["subject"] == "docker:core_pipe-test"
+    assert by_source["/host7"]["subject"] == "docker:a or host"
+    assert by_source["/host7"]["data"]["id"] == 701000
+    assert place.ids() == sorted([f"crashes.{record.id}", f"both.{one}", f"both.{two}"])
+    assert json.loads((place.told / f"both.{one}").read_text())["event"] == "org.core_pipe.quota.v1"
+    # Their files have gone, and nothing is told again.
+    assert quotas_in(place) == []
+    notify.wake(place.store)
+    assert place.deliver() == []
+    assert len(server.requests) == 2
+    assert place.line("both").counters == {"delivered": 2, "failed": 0, "given_up": 0, "dropped": 0}
+
+
+@needs_root
+def test_a_quota_event_waits_for_a_server_that_is_down(place: Place, server: Server) -> None:
+    server.answers = [status(503), status(503), status(204)]
+    place.configure(f'name = "x"\nevents = "quota"\n{server.post}')
+    quota.leave(str(place.path), [an_event()])
+    (one,) = quotas_in(place)
+    assert place.deliver()
+    assert server.ids() == [one] * 3
+    assert (place.line().counters["failed"], place.line().counters["delivered"]) == (2, 1)
+    assert quotas_in(place) == []
+
+
+@needs_root
+def test_a_quota_event_that_is_given_up_goes(place: Place, server: Server) -> None:
+    server.answers = [status(503)]
+    place.configure(f'name = "x"\nevents = "quota"\n{server.post}')
+    quota.leave(str(place.path), [an_event()])
+    (one,) = quotas_in(place)
+    found = Queue()
+    found.seen = {one}
+    found.lines["x"] = Line(0.0)
+    found.lines["x"].add(one, time.time() - queue.GIVE_UP_SECONDS, 10)
+    queue.write(place.store.directory, found)
+    place.deliver()
+    assert place.line().counters["given_up"] == 1
+    assert quotas_in(place) == []
+
+
+@needs_root
+def test_a_quota_event_that_nobody_wants_or_is_none_goes(place: Place) -> None:
+    place.configure('name = "x"\n' + place.program(': >"$TOLD/$CORE_PIPE_ID"'))
+    quota.leave(str(place.path), [an_event()])
+    assert place.deliver() == []
+    assert quotas_in(place) == []
+    assert place.ids() == []
+    place.configure('name = "x"\nevents = ["quota"]\n' + place.program(': >"$TOLD/$CORE_PIPE_ID"'))
+    broken = (b"", b"[" * 60000, b"{}", b"x" * 70000, json.dumps(an_event(containers=[1])).encode())
+    for number, data in enumerate((*broken, json.dumps(an_event(at=1e300)).encode())):
+        (place.path / f"20261123T045800-000000-0-0000000{number}.quota.json").write_bytes(data)
+    notify.wake(place.store)
+    place.deliver()
+    # A program is told of it all the same; a server could not be told the time.
+    assert place.ids() == ["20261123T045800-000000-0-00000005"]
+    assert place.line().counters["dropped"] == len(broken)
+    assert quotas_in(place) == []
+
+
+def test_a_callback_of_quotas_can_be_tested(place: Place, server: Server) -> None:
+    place.configure(f'name = "x"\nevents = ["quota"]\n{server.post}')
+    assert command(place, "--test", "x").returncode == 0
+    assert json.loads(server.requests[0][2])["type"] == "org.core_pipe.quota.v1"
+
+
+def test_a_quota_event_is_no_crash(place: Place) -> None:
+    record = place.crash()
+    quota.leave(str(place.path), [an_event() for _ in range(5)])
+    waiting = quotas_in(place)
+    assert len(waiting) == 5
+    store = Store(str(place.path), records=2)
+    try:
+        assert [owner for owner, _ in store.records()] == [record.id]
+        assert store.recover() == []
+        assert {use.name: use.used for use in store.usage().uses}["records_max"] == 1
+        assert store.prune() == []
+        assert not [name for name in store.names() if "quota" in name]
+        # A record more than there may be, and the events are none.
+        other = a_record()
+        store.add_record(other)
+        assert sorted(owner for owner, _ in store.records()) == sorted([record.id, other.id])
+    finally:
+        store.close()
+    assert quotas_in(place) == waiting
+    listed = subprocess.run(
+        [f"{BIN}/corepipectl", "list", "--json"],
+        env={"CORE_PIPE_STORE": str(place.path), "PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert listed.returncode == 0, listed.stderr
+    assert record.id in listed.stdout
+    assert not any(owner in listed.stdout for owner in waiting)
 
 
 # The command

@@ -7,6 +7,7 @@ that neither a killed worker nor a killed deliverer nor a restart loses a crash:
 
     settings.py  the tables of the settings, and callbacks made of them
     events.py    which crash is told, and what is said
+    quota.py     the other kind of event: a disk quota is used up (`events = ["quota"]`)
     queue.py     what waits for whom, on the disk
     attempt.py   one delivery: a process without privileges, with a deadline
     post.py      what that process does for a request
@@ -31,9 +32,14 @@ FLAG = ".notify"
 
 def wake(store: Store) -> None:
     """Have the deliverer look. Raises OSError."""
+    wake_in(store.directory)
+
+
+def wake_in(directory: int) -> None:
+    """Have the deliverer of the store look of which this is the descriptor. Raises OSError."""
     # Never through a link, should somebody be able to make one.
     flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    os.close(os.open(FLAG, flags, 0o600, dir_fd=store.directory))
+    os.close(os.open(FLAG, flags, 0o600, dir_fd=directory))
 
 
 def is_awaited(directory: int) -> bool:

@@ -93,8 +93,9 @@ def _rest(config: Config) -> None:
 
 
 def _test(callbacks: tuple[Callback, ...], name: str) -> int:
-    from receiver.notify import events  # noqa: PLC0415
+    from receiver.notify import events, quota  # noqa: PLC0415
     from receiver.notify.attempt import Attempt, Unsendable, body_of  # noqa: PLC0415
+    from receiver.notify.settings import CRASH  # noqa: PLC0415
 
     callback = next((callback for callback in callbacks if callback.name == name), None)
     if callback is None:
@@ -103,7 +104,10 @@ def _test(callbacks: tuple[Callback, ...], name: str) -> int:
         return EXIT_USAGE
     record = events.made_up()
     try:
-        attempt = Attempt(callback, record.id, body_of(callback, record))
+        body = (
+            body_of(callback, record) if CRASH in callback.events else quota.body(record.id, quota.made_up(), callback)
+        )
+        attempt = Attempt(callback, record.id, body)
     except (OSError, Unsendable) as error:
         print(f"not told: {error}")
         return EXIT_FAILURE

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 from receiver import notify
 from receiver.log import log
-from receiver.notify import events, queue
+from receiver.notify import events, queue, quota
 from receiver.notify.attempt import Attempt, Outcome, Unsendable, body_of
+from receiver.notify.settings import CRASH, QUOTA
 from receiver.store import ID, Store, StoreError
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ class Deliverer:
         self.since = since
         self.queue: Queue = queue.Queue()
         self.attempts: dict[str, Attempt] = {}
+        # Ids of quota events whose file is there.
+        self.quotas: set[str] = set()
         self.linger_seconds = LINGER_SECONDS
         self._stopping = self._too_late = False
         self._unsaved = False
@@ -182,10 +185,15 @@ class Deliverer:
             for name in self.store.names()
             if name.endswith(".json") and ID.fullmatch(owner := name.removesuffix(".json"))
         }
-        self._unsaved |= bool(self.queue.seen - found)
-        self.queue.seen &= found
-        for owner in sorted(found - self.queue.seen):
-            self._look_at(owner)
+        self.quotas = quota.owners_in(self.store.directory) - found
+        self._unsaved |= bool(self.queue.seen - found - self.quotas)
+        self.queue.seen &= found | self.quotas
+        for owner in sorted((found | self.quotas) - self.queue.seen):
+            if owner in self.quotas:
+                self._look_at_quota(owner)
+            else:
+                self._look_at(owner)
+        self._unsaved |= bool(self.quotas)
 
     def _look_at(self, owner: str) -> None:
         try:
@@ -206,11 +214,36 @@ class Deliverer:
         now = time.time()
         for name, callback in self.callbacks.items():
             line, when = self.queue.lines[name], callback.when
-            if came < line.since or not events.is_meant(record, when):
+            if CRASH not in callback.events or came < line.since or not events.is_meant(record, when):
                 continue
             counted = when.first or when.every
             if not counted or events.is_due(when, line.count_bug(events.bug_of(record))):
                 line.add(owner, now, callback.queue_max)
+
+    def _look_at_quota(self, owner: str) -> None:
+        try:
+            came = quota.came(self.store.directory, owner)
+        except OSError:
+            # There were too many; or the next look has it still before it.
+            self.quotas.discard(owner)
+            return
+        self.queue.seen.add(owner)
+        now = time.time()
+        for name, callback in self.callbacks.items():
+            line = self.queue.lines[name]
+            if QUOTA in callback.events and came >= line.since:
+                line.add(owner, now, callback.queue_max)
+
+    def _remove_told(self) -> None:
+        """Remove the quota events that nobody is to be told of any more."""
+        waiting = {owner for line in self.queue.lines.values() for owner in line.waiting}
+        for owner in self.quotas - waiting:
+            try:
+                quota.remove(self.store.directory, owner)
+            except OSError:
+                # It stays, and is known: the next look tries again.
+                continue
+            self.quotas.discard(owner)
 
     # Who is told
 
@@ -221,7 +254,10 @@ class Deliverer:
 
     def _try(self, callback: Callback, line: Line, owner: str) -> None:
         try:
-            body = body_of(callback, self.store.load(owner))
+            if owner in self.quotas:
+                body = quota.body(owner, quota.read(self.store.directory, owner), callback)
+            else:
+                body = body_of(callback, self.store.load(owner))
         except (FileNotFoundError, ValueError, Unsendable):
             # Gone, with the oldest records; or it is none that could be told.
             line.drop(owner)
@@ -267,6 +303,8 @@ class Deliverer:
             return
         try:
             queue.write(self.store.directory, self.queue)
+            # Not before: who is killed in between would count what he has told as dropped.
+            self._remove_told()
         except OSError as error:
             if not self._cannot_save:
                 log(f"callbacks: the queue cannot be written: {error.strerror}. A restart tells some again", error=True)

@@ -28,6 +28,7 @@ _NAME = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ012345678
 _TOKEN = frozenset("!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
 _OURS = ("content-length", "content-type", "transfer-encoding", "host", "connection")
 STATES = ("stored", "reduced", "none")
+CRASH, QUOTA = EVENTS = ("crash", "quota")
 
 
 class Address(NamedTuple):
@@ -63,7 +64,10 @@ class Filter(NamedTuple):
 
 
 class Callback(NamedTuple):
-    """Who is told, and how. Either `run` (program and arguments) or `post` is there. timeout: seconds."""
+    """Who is told, and how. Either `run` (program and arguments) or `post` is there. timeout: seconds.
+
+    events: what it is told of, words of EVENTS. when: which crashes.
+    """
 
     name: str
     run: tuple[str, ...] = ()
@@ -74,6 +78,7 @@ class Callback(NamedTuple):
     user: str = "nobody"
     full: bool = False
     queue_max: int = 1000
+    events: frozenset[str] = frozenset({CRASH})
     when: Filter = Filter()
 
     @property
@@ -240,6 +245,15 @@ def _states(value: Any) -> frozenset[str]:
     return frozenset(found)
 
 
+def _events(value: Any) -> frozenset[str]:
+    found = value if isinstance(value, list) else [value]
+    if not found:
+        raise ValueError("is no list of events")
+    if not all(isinstance(item, str) and item in EVENTS for item in found):
+        raise ValueError("has an event that is none")
+    return frozenset(found)
+
+
 WHEN: tuple[Key, ...] = (
     Key(
         "first",
@@ -362,6 +376,13 @@ KEYS: tuple[Key, ...] = (
         "The crashes that wait for it while it fails. When there is one more, the oldest is dropped, and counted.",
     ),
     Key(
+        "events",
+        '["crash"]',
+        _events,
+        "'crash', 'quota', or a list of them",
+        "What it is told of: crashes, or disk quotas that are used up, which only the host knows of.",
+    ),
+    Key(
         "when",
         "{}",
         _when,
@@ -390,6 +411,9 @@ def callbacks_of(config: Config, source: str) -> tuple[Callback, ...]:
             except ValueError as error:
                 problems.append(Problem(source, f"{at}: {name}", f"{shown(value)} {error}", f"Allowed: {key.allowed}."))
         problems += _missing(source, at, table, values.get("name"), [callback.name for callback in found])
+        if "when" in table and values.get("events") == {QUOTA}:
+            problem = "'when' has conditions for crashes, of which it is not told"
+            problems.append(Problem(source, at, problem, 'Leave it out, or have events = ["crash", "quota"].'))
         if "name" in values:
             found.append(Callback(**values))
     if len(found) > MOST:
