@@ -115,6 +115,7 @@ def watch() -> int:
     from forwarder.ledger.watch import Watcher  # noqa: PLC0415
     from forwarder.proc_events import ProcEvents, Unavailable  # noqa: PLC0415
     from forwarder.quota.events import QuotaEvents  # noqa: PLC0415
+    from forwarder.quota.tell import Tell  # noqa: PLC0415
     from forwarder.report import report  # noqa: PLC0415
     from receiver.activation import tell_systemd  # noqa: PLC0415
 
@@ -136,8 +137,16 @@ def watch() -> int:
             sys.stderr.write(f"core-pipe-forwarder: no quota warnings: {error}\n")
         stack.callback(book.close)
         stack.callback(notes.close)
+        store = host_store()
         watcher = Watcher(
-            events, book, notes, quota=quota, store=host_store(), say=report, tick=lambda: tell_systemd(WATCHDOG)
+            events,
+            book,
+            notes,
+            quota=quota,
+            tell=Tell(store, report),
+            store=store,
+            say=report,
+            tick=lambda: tell_systemd(WATCHDOG),
         )
         tell_systemd("READY=1")
         sys.stdout.write("watching\n")

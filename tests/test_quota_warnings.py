@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -22,13 +23,17 @@ from forwarder import cli, quota_command
 from forwarder import ledger as ledgers
 from forwarder.ledger import book as books
 from forwarder.ledger.book import Book, read_book
+from forwarder.ledger.notes import Notes
+from forwarder.ledger.watch import Watcher
 from forwarder.proc_events import Unavailable
 from forwarder.quota import events as quota_events
 from forwarder.quota import watch
 from forwarder.quota.events import QuotaEvents, Warned, kernel_tells, parse
 from forwarder.quota.owners import Owner, Owners
 from forwarder.quota.tally import MAX_IDS, MAX_RECORDS, OTHERS, QuotaWarning, Tally, enter
+from forwarder.quota.tell import Tell
 from forwarder.quota.watch import QuotaWatch, describe
+from receiver.notify.quota import MOST
 from tests.support import quota_scene, uml
 from tests.support.cgroups import Cgroup, hierarchies
 from tests.support.mounts import CHECKOUT
@@ -386,6 +391,126 @@ def test_people_hear_of_what_is_used_up(scene: Scene) -> None:
     assert scene.said == [
         "quota: user 1 of docker:0 has no space left on /srv/7:3, and 2 more. See: core-pipe-forwarder quota"
     ]
+
+
+class Host:
+    """A host's store and settings, and who hands on what is new."""
+
+    def __init__(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.store = path / "store"
+        self.store.mkdir(mode=0o755)
+        self.settings = path / "receiver.toml"
+        monkeypatch.setenv("CORE_PIPE_CONFIG", str(self.settings))
+        self.configure('events = ["quota"]')
+        self.said: list[str] = []
+        self.tell = Tell(str(self.store), self.said.append)
+
+    def configure(self, line: str) -> None:
+        self.settings.write_text(f'[[notify]]\nname = "x"\nrun = ["/bin/true"]\n{line}\n')
+
+    def events(self) -> list[dict[str, Any]]:
+        return [json.loads(path.read_bytes()) for path in sorted(self.store.glob("*.quota.json"))]
+
+
+@pytest.fixture
+def told_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
+    return Host(tmp_path, monkeypatch)
+
+
+def test_callbacks_are_told_of_each_new_record_once(told_host: Host, scene: Scene) -> None:
+    scene.watch.tell = told_host.tell
+    scene.warn(1000, 1000, 1000)
+    assert [(one["id"], one["kind"], one["containers"]) for one in told_host.events()] == [
+        (1000, "space_hard", ["docker:0"])
+    ]
+    assert (told_host.store / ".notify").exists()
+    # The others come together, half a second later.
+    scene.warn(1001, 1002)
+    assert len(told_host.events()) == 1
+    told_host.tell.settle()
+    assert sorted(one["id"] for one in told_host.events()) == [1000, 1001, 1002]
+    assert (told_host.said, told_host.tell.untold) == ([], 0)
+    assert [path.name for path in told_host.store.iterdir() if "quota.new" in path.name] == []
+
+
+def test_the_watcher_hands_on_what_is_new(told_host: Host, tmp_path: Path) -> None:
+    """All of it together, but for the kernel: the last one comes when the watcher is about to end."""
+    given = Given()
+    given.waiting = [Warned(0, "space_hard", "user", number, "7:3", number) for number in (1000, 1001, 1000)]
+    nothing, wake = os.pipe(), os.pipe()
+    given.fileno = lambda: nothing[0]  # type: ignore[attr-defined]
+    book, notes = Book(str(tmp_path / "ledger")), Notes(str(tmp_path / "handled"))
+    try:
+        watcher = Watcher(
+            quota_scene.NoCrashes(),  # type: ignore[arg-type]
+            book,
+            notes,
+            quota=given,  # type: ignore[arg-type]
+            tell=told_host.tell,
+        )
+        os.write(wake[1], b".")
+        watcher.run(wake[0])
+    finally:
+        book.close()
+        notes.close()
+        for fd in (*nothing, *wake):
+            os.close(fd)
+    assert sorted(one["id"] for one in told_host.events()) == [1000, 1001]
+
+
+def test_nobody_wants_to_be_told(told_host: Host) -> None:
+    for line in ("", 'events = ["crash"]', "events = 5"):
+        told_host.configure(line)
+        told_host.tell(a_warning())
+        told_host.tell.settle()
+        assert list(told_host.store.iterdir()) == []
+    # The deliverer says what is wrong, and then tells.
+    told_host.settings.write_text("nonsense")
+    told_host.tell(a_warning())
+    told_host.tell.settle()
+    assert len(told_host.events()) == 1
+
+
+def test_what_waits_is_bounded(told_host: Host) -> None:
+    for number in range(2 * MOST + 11):
+        told_host.tell(a_warning(id=number))
+    told_host.tell.settle()
+    found = told_host.events()
+    assert len(found) == MOST
+    # Of the first all but one came together, and the oldest of those were too many.
+    assert {one["id"] for one in found} == set(range(MOST + 11, 2 * MOST + 11))
+    assert told_host.tell.untold == MOST + 11
+    (said,) = told_host.said
+    assert said.startswith("quota: callbacks are not told of ")
+
+
+@needs_root
+@pytest.mark.parametrize("how", ["absent", "full", "others'", "a link", "settings"])
+def test_a_store_that_cannot_be_used_costs_a_line(told_host: Host, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = told_host.store
+    if how == "absent":
+        store.rmdir()
+    elif how == "full":
+
+        def write_all(*_: object) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr("receiver.notify.quota.write_all", write_all)
+    elif how == "others'":
+        store.chmod(0o777)
+    elif how == "a link":
+        store.rename(f"{store}.real")
+        store.symlink_to(f"{store}.real")
+    else:
+        monkeypatch.setattr("receiver.config.load", lambda: 1 / 0)
+    told_host.tell(a_warning())
+    told_host.tell.settle()
+    told_host.tell(a_warning())
+    told_host.tell.settle()
+    assert told_host.tell.untold == 2
+    assert len(told_host.said) == 1
+    if store.exists():
+        assert [path.name for path in store.iterdir() if "quota" in path.name] == []
 
 
 def a_warning(**values: Any) -> QuotaWarning:

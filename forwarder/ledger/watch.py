@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from forwarder.ledger.notes import Notes
     from forwarder.proc_events import ProcEvents
     from forwarder.quota.events import QuotaEvents
+    from forwarder.quota.tell import Tell
 
 # Two reports of one crash may come in any order; and a stub that nobody took a core of writes a record after the end.
 SETTLE_SECONDS = 5.0
@@ -50,6 +51,7 @@ class Watcher:
         notes: Notes,
         *,
         quota: QuotaEvents | None = None,
+        tell: Tell | None = None,
         store: str = DEFAULT,
         settle_seconds: float = SETTLE_SECONDS,
         asked_seconds: float = ASKED_SECONDS,
@@ -58,9 +60,9 @@ class Watcher:
     ) -> None:
         """Take over the book. Raises LedgerError, OSError.
 
-        quota: the kernel's warnings, where it gives any. store: the host's. settle_seconds, asked_seconds: from the end
-        of a crash to the verdict on it; the second where a receiver was asked. say: gets a line for people now and
-        then. tick: is called every few seconds while all is well.
+        quota: the kernel's warnings, where it gives any. tell: hands them to callbacks. store: the host's.
+        settle_seconds, asked_seconds: from the end of a crash to the verdict on it; the second where a receiver was
+        asked. say: gets a line for people now and then. tick: is called every few seconds while all is well.
         """
         self.events = events
         self.book = book
@@ -83,7 +85,10 @@ class Watcher:
             book.write("since", at=now)
         elif last is not None:
             self._gap(last, "the ledger did not watch")
-        self.quota = QuotaWatch(quota, book, self.contents.quota, say=say) if quota else None
+        self.tell = tell
+        self.quota = (
+            QuotaWatch(quota, book, self.contents.quota, say=say, tell=tell or (lambda _: None)) if quota else None
+        )
 
     def _gap(self, begun: float, why: str) -> None:
         # A clock that was set back makes it look as if it ended before it began.
@@ -110,6 +115,8 @@ class Watcher:
                 self.settle()
                 if self.quota:
                     self.quota.settle(last=wake in ready)
+                if self.tell:
+                    self.tell.settle()
                 settle = now + TICK_SECONDS
             if now >= alive or wake in ready:
                 self.book.alive()

@@ -5,6 +5,7 @@ A container that has used up its disk fails in odd ways, and its cores are reduc
     events.py     the kernel's own word (generic netlink, VFS_DQUOT)
     owners.py     whose an id is: containers, users, projects
     tally.py      what was said, bounded: a record for each quota, kind and hour, and counts
+    tell.py       hands what is new to callbacks
     watch.py      all of it together, as a part of the ledger's watcher, and in its book
 
 Who reads along: `core-pipe-forwarder quota` (`forwarder/quota_command.py`), and the metrics (`forwarder/metrics.py`).
