@@ -14,6 +14,7 @@ Names in it, ID being the record's::
     .lock                   held (flock) while names come and go and while room is given
     .history                what crashed lately, see receiver/history.py
     .notify, .notify.state  somebody may have to be told; and what was told whom, see receiver/notify/
+    .notify.lock            held (flock) by who tells
     ID.quota.json           not of a crash: somebody is to be told of a quota, see receiver/notify/quota.py. `names`
                             has none of these, so they count for nothing, and nobody shows them
     .counters               what was counted, see receiver/counters.py

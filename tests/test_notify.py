@@ -1007,6 +1007,23 @@ def test_a_full_disk_costs_a_line(place: Place) -> None:
 
 
 @needs_root
+def test_a_user_who_locks_the_store_holds_nobody_up(place: Place) -> None:
+    """Anybody may open its directory, and flock(2) asks for no more than that."""
+    place.configure('name = "x"\n' + place.program(': >"$TOLD/$CORE_PIPE_ID"'))
+    record = place.crash()
+    command = ["flock", str(place.path), "sh", "-c", "echo; exec sleep 60"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, user=NOBODY, group=NOBODY, extra_groups=[]) as holder:
+        try:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == b"\n"
+            place.deliver()
+            assert place.ids() == [record.id]
+            assert (place.path / queue.LOCK).stat().st_mode & 0o777 == 0o600
+        finally:
+            holder.kill()
+
+
+@needs_root
 def test_a_damaged_queue_tells_again(place: Place) -> None:
     place.configure('name = "x"\n' + place.program('echo >>"$TOLD/$CORE_PIPE_ID"'))
     record = place.crash()

@@ -10,6 +10,7 @@ tells the crashes of the last day again. Each is told at least once; that is wha
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -17,6 +18,7 @@ import random
 import stat
 from typing import TYPE_CHECKING, Any
 
+from receiver.retention import FULL
 from receiver.store import ID, write_all
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from receiver.notify.settings import Callback
 
 STATE = ".notify.state"
+LOCK = ".notify.lock"
 VERSION = 1
 MAX_STATE = 256 << 20
 # A crash is told of for so long after it was first tried, and no longer.
@@ -224,8 +227,15 @@ def write(directory: int, queue: Queue) -> None:
 
 def lock(directory: int) -> int | None:
     """Return a descriptor that makes its holder the store's only deliverer; None when there is one. Raises OSError."""
-    # The directory itself: a file might not find room on a full disk.
-    fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=directory)
+    try:
+        # A file that only root opens: anybody may open the store's directory, and so keep a lock on that.
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        fd = os.open(LOCK, flags, 0o600, dir_fd=directory)
+    except OSError as error:
+        if error.errno not in (*FULL, errno.EROFS):
+            raise
+        # No room even for an empty file. Should there be two deliverers by that, some are told twice.
+        fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=directory)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
