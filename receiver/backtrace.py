@@ -348,7 +348,7 @@ def _copy(fd: int, record: Record, target: int, deadline: float) -> None:
             # A reduced one has its headers at its end.
             dump.copy(core, target, min(record.core.size_bytes, MAX_REDUCED), progress)
             return
-        for place, length in sorted(_wanted(core, head)):
+        for place, length in sorted(_wanted(core, head, progress)):
             for at in range(place, place + length, 1 << 20):
                 progress(at)
                 try:
@@ -363,8 +363,11 @@ def _copy(fd: int, record: Record, target: int, deadline: float) -> None:
         raise NoBacktrace(f"its core cannot be read: {error}") from None
 
 
-def _wanted(core: StoredCore, head: Head) -> Iterator[tuple[int, int]]:
-    """Yield (offset, bytes) of what to copy of a large core: MAX_COPY in all, and what matters most in any case."""
+def _wanted(core: StoredCore, head: Head, progress: Callable[[int], object]) -> Iterator[tuple[int, int]]:
+    """Yield (offset, bytes) of what to copy of a large core: MAX_COPY in all, and what matters most in any case.
+
+    progress: is told where it is, and raises when there is no time left.
+    """
     loads = [segment for segment in head.segments if segment.kind == PT_LOAD and segment.file_size]
     before = min((segment.offset for segment in loads), default=head.size)
     before = min(before, MAX_NOTES)
@@ -373,7 +376,10 @@ def _wanted(core: StoredCore, head: Head) -> Iterator[tuple[int, int]]:
     parser = Parser(head.machine, is_64=head.is_64)
     for segment in head.segments:
         if segment.kind != PT_LOAD and segment.offset < before:
-            parser.feed(core.read(segment.offset, min(segment.file_size, before)))
+            end = segment.offset + min(segment.file_size, before)
+            for at in range(segment.offset, end, 1 << 20):
+                progress(at)
+                parser.feed(core.read(at, min(1 << 20, end - at)))
     memory = Memory(head)
     for thread in parser.notes.threads[:MAX_STACKS]:
         index = memory.find(thread.sp)

@@ -780,6 +780,42 @@ def test_interpreter_of_anything(tmp_path_factory: pytest.TempPathFactory, data:
         assert found is None or found
 
 
+def test_notes_without_end_come_to_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of holes takes no room, and stands for terabytes of notes that say nothing."""
+    monkeypatch.setattr(sysroot, "NOTES_SECONDS", 1.0)
+    count, size = 1000, 64 << 20
+    first = 1 << 16
+    header = struct.pack("<4sBBB9xHHIQQQIHHHHHH", b"\x7fELF", 2, 1, 1, 4, 62, 1, 0, 64, 0, 0, 64, 56, count, 0, 0, 0)
+    rows = (struct.pack("<IIQQQQQQ", 4, 0, first + size * number, 0, 0, size, 0, 4) for number in range(count))
+    with tempfile.TemporaryFile(dir="/var/tmp") as file:
+        file.write(header + b"".join(rows))
+        file.truncate(first + size * count)
+        begun = time.monotonic()
+        assert sysroot.mapped_files(file.fileno(), None) == []
+        assert time.monotonic() - begun < 10
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/fuse"), reason="needs FUSE: modprobe fuse")
+def test_libraries_that_never_answer(
+    container: PlainContainer, root: sysroot.Sysroot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program may have mapped a thousand of them: they are not waited for one by one."""
+    monkeypatch.setattr(sysroot, "FILES_SECONDS", 2.0)
+    monkeypatch.setattr(copying, "PATIENCE", 1.0)
+    script = os.path.join(CHECKOUT, "tests/support/hanging_fs.py")
+    container.run(["sh", "-c", "mkdir -p /opt/hangs; test -e /dev/fuse || mknod /dev/fuse c 10 229"], check=True)
+    process = container.popen([os.path.join(BIN, "python"), script, "/opt/hangs"], stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        assert read_line(process.stdout.fileno(), 20, "the file system is mounted") == b"ready\n"
+        begun = time.monotonic()
+        root.bring_all([f"/opt/hangs/lib{number}.so" for number in range(10)])
+        assert time.monotonic() - begun < 7
+    finally:
+        process.end()
+        container.run(["sh", "-c", "umount /opt/hangs || umount -l /opt/hangs"])
+
+
 @given(st.binary(max_size=300))
 def test_mapped_files_of_anything(data: bytes) -> None:
     with tempfile.TemporaryFile() as file:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import time
 from typing import TYPE_CHECKING
@@ -76,12 +77,13 @@ def take(
     allowed: Callable[[int, os.stat_result], bool] = may_be_read,
     most: int | None = None,
     progress: Callable[[int], object] | None = None,
+    until: float = math.inf,
 ) -> tuple[int, int]:
     """Copy a file of a container to `target`, an empty one of ours, with holes for its zeros.
 
     name: for messages. process: the proc directory of a process of the container. opened: is called in a child, with
     the container's root, and returns the file's descriptor. allowed: whether it may be read, by fstat(2). most: bytes,
-    and never more than there is room for.
+    and never more than there is room for. until: time.monotonic(), when it is given up.
 
     Returns how many bytes were written, and the file's mode. Raises Unreachable.
     """
@@ -98,7 +100,7 @@ def take(
 
         try:
             # One child after the other: each says how far it came, and is missed when it does not.
-            message = apart.ask(work, time.monotonic() + PATIENCE, all_but((process, target)))
+            message = apart.ask(work, min(until, time.monotonic() + PATIENCE), all_but((process, target)))
         except apart.Stuck:
             raise Unreachable(
                 f"{name} did not answer within {PATIENCE:g} s. A file system of the container may hang, or it has "
@@ -115,6 +117,8 @@ def take(
         if offset >= message.number("size"):
             os.ftruncate(target, message.number("size"))
             return written, message.number("mode")
+        if time.monotonic() >= until:
+            raise Unreachable(f"{name} took too long to copy")
 
 
 def _some(

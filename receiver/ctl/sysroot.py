@@ -38,6 +38,10 @@ MAX_FILES = 1000
 MAX_BYTES = 4 << 30
 MAX_DEPTH = 40
 MAX_NOTES = 64 << 20
+# A stranger's notes may be of any number; those of a thousand threads take some milliseconds.
+NOTES_SECONDS = 5.0
+# For all libraries of a core, and for its program: each may lie on a file system that is slow, or never answers.
+FILES_SECONDS = 60.0
 # Of a directory with libraries, when it is looked through for their other names.
 MAX_NAMES = 20_000
 LINK_SECONDS = 10.0
@@ -45,6 +49,7 @@ LINK_SECONDS = 10.0
 MERGED = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 _MAX_MESSAGE = 60_000
 _PAGE = 4096
+_PIECE = 1 << 20
 _PT_INTERP = 3
 # p_type, p_offset and p_filesz of an Elf64_Phdr.
 _SEGMENT = struct.Struct("<I4xQ16xQ16x")
@@ -72,8 +77,11 @@ class Sysroot:
     def close(self) -> None:
         self._remove()
 
-    def bring(self, path: str, resolve: int = STRICT) -> str | None:
-        """Copy a program or library of the container's, and return its path here; None when it cannot be had."""
+    def bring(self, path: str, resolve: int = STRICT, *, until: float | None = None) -> str | None:
+        """Copy a program or library of the container's, and return its path here; None when it cannot be had.
+
+        until: time.monotonic(), when nobody waits for it any more.
+        """
         clean = clean_path(path)
         target = self.path + clean
         if clean in self._tried:
@@ -95,6 +103,7 @@ class Sysroot:
                 fd,
                 allowed=_harmless,
                 most=self._left,
+                until=time.monotonic() + FILES_SECONDS if until is None else until,
             )
             self._left -= size
             os.fchown(fd, self.user, self.user)
@@ -111,16 +120,22 @@ class Sysroot:
     def bring_all(self, paths: list[str]) -> None:
         """Copy libraries, with the other names that they have in their directories."""
         folders: dict[str, list[str]] = {}
+        until = time.monotonic() + FILES_SECONDS
         for path in paths[:MAX_FILES]:
-            if self.bring(path) is not None:
+            if time.monotonic() >= until:
+                # What there is has to do.
+                break
+            if self.bring(path, until=until) is not None:
                 folder, name = os.path.split(clean_path(path))
                 folders.setdefault(folder, []).append(name)
         for program in [*self._brought]:
             # Known by a name that is a link in another directory.
             interpreter = interpreter_of(program)
             if interpreter is not None:
-                self.bring(interpreter, WITHIN)
+                self.bring(interpreter, WITHIN, until=until)
         for folder, names in folders.items():
+            if time.monotonic() >= until:
+                break
             for link, name in self._other_names(folder, names):
                 try:
                     os.symlink(name, f"{self.path}{folder}/{link}")
@@ -233,14 +248,22 @@ def interpreter_of(program: str) -> str | None:
 
 def mapped_files(core: int, compression: str | None) -> list[str]:
     """Return the names of the files that a stored core had mapped, as its notes have them; none when it has none."""
+    until = time.monotonic() + NOTES_SECONDS
+    left = MAX_NOTES
     try:
         stored = StoredCore(core, compression)
         first = stored.read(0, first_size(stored.read(0, HEADER_SIZE)))
         head = read_head(stored.read(0, head_size(first)))
         parser = Parser(head.machine, is_64=head.is_64)
         for segment in head.segments:
-            if segment.kind == PT_NOTE:
-                parser.feed(stored.read(segment.offset, min(segment.file_size, MAX_NOTES)))
+            if segment.kind != PT_NOTE:
+                continue
+            length = min(segment.file_size, left)
+            left -= length
+            for at in range(segment.offset, segment.offset + length, _PIECE):
+                if time.monotonic() >= until:
+                    return []
+                parser.feed(stored.read(at, min(_PIECE, segment.offset + length - at)))
     except (NotACore, Damaged, OSError, ValueError):
         return []
     names = dict.fromkeys(os.fsdecode(file.name) for file in parser.notes.files)
