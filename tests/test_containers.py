@@ -22,6 +22,7 @@ from forwarder import namespaces
 from receiver import ctl, engine
 from receiver.ctl import containers, copying, foreign, output, showing, sysroot
 from receiver.ctl.matching import Crash, UsageProblem
+from receiver.engine_names import Names
 from receiver.record import Core, Record
 from tests.support.cgroups import Cgroup
 from tests.support.containers import PLAIN_USERS, PlainContainer, Sandbox
@@ -850,6 +851,29 @@ WEB2 = "9ec39b91f3d71e1beff50a308f77067065ea6be0d91a3378375056cd4422cf3d"
 
 def place(pid: int, cgroup: str) -> containers.Place:
     return containers.Place(pid, -1, engine.find(cgroup), ("", (0, 0)))
+
+
+def test_nobody_takes_the_name_of_roots_container(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user may make a cgroup of any name below his own, with another container's id in it."""
+
+    def process(pid: int, cgroup: str, *, users: bool) -> containers._Process:
+        found = engine.find(cgroup)
+        return containers._Process(users, True, 1, pid, pid, (str(found), (0, pid)), found)
+
+    users = "/user.slice/user-1000.slice/user@1000.service"
+    there = [
+        process(10, f"{users}/docker-{WEB}.scope", users=True),
+        process(11, f"{users}/lxc.payload.shop", users=True),
+        process(20, f"/system.slice/docker-{WEB}.scope", users=False),
+        process(21, "/lxc.payload.shop", users=False),
+    ]
+    monkeypatch.setattr(containers, "_processes", lambda: there)
+    monkeypatch.setattr(Names, "of", lambda _self, found: "docker:webshop" if found.id == WEB else None)
+    monkeypatch.setattr(
+        containers, "_opened", lambda found: containers.Place(found.pid, -1, found.container, found.key)
+    )
+    for wanted, pid in (("docker:webshop", 20), ("webshop", 20), ("lxc:shop", 21), ("10", 10)):
+        assert containers.chosen(containers.find(), wanted).pid == pid
 
 
 PLACES = [

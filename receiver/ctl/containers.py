@@ -32,6 +32,8 @@ MOST = 512
 # Named in an error.
 SHOWN = 20
 _MAX_PROC = 1 << 20
+# Below it users make cgroups of any names.
+_USERS = b"/user.slice/"
 
 
 class Place:
@@ -72,8 +74,13 @@ _Key = tuple[str, namespaces.Identity]
 
 
 class _Process(NamedTuple):
-    """A process. level: how many pid namespaces it is below ours. first: whether it is the init of its own."""
+    """A process.
 
+    level: how many pid namespaces it is below ours. first: whether it is the init of its own. users: whether a user may
+    have chosen the name of its cgroup, which is not to be believed.
+    """
+
+    users: bool
     first: bool
     level: int
     started: int
@@ -144,10 +151,11 @@ def find() -> list[Place]:
             best[process.key] = process
     given = Names()
     found = []
-    for process in sorted(best.values(), key=lambda process: (process.container is None, process.level, process.pid)):
+    for process in sorted(best.values(), key=_order):
         place = _opened(process)
         if place is not None:
-            if place.container is not None:
+            # The names that the host's root gave are for the containers of the host's root.
+            if place.container is not None and not process.users:
                 place.name = given.of(place.container) or place.name
             found.append(place)
     names: dict[str, int] = {}
@@ -157,6 +165,11 @@ def find() -> list[Place]:
         if names[place.name] > 1:
             place.name += f"@{place.pid}"
     return found
+
+
+def _order(process: _Process) -> tuple[bool, bool, int, int]:
+    """Return what comes first of several that have one name, and has it for itself: never a user's imitation."""
+    return process.container is None, process.users, process.level, process.pid
 
 
 def chosen(places: list[Place], wanted: str) -> Place:
@@ -205,12 +218,14 @@ def _process(pid: int, process: int, ours: tuple[namespaces.Identity, namespaces
     if namespaces.identity_of(process, "mnt") == ours[0]:
         return None
     pid_namespace = namespaces.identity_of(process, "pid")
-    container = engine.find(cgroup_path(namespaces.read_at(process, "cgroup", _MAX_PROC)))
+    cgroup = cgroup_path(namespaces.read_at(process, "cgroup", _MAX_PROC))
+    container = engine.find(cgroup)
     if container is None and pid_namespace == ours[1]:
         # A service with mounts of its own.
         return None
     words = namespaces.status_value(namespaces.read_at(process, "status", _MAX_PROC), b"NSpid") or [b"0"]
     return _Process(
+        users=cgroup.startswith(_USERS),
         first=len(words) > 1 and words[-1] == b"1",
         level=len(words) - 1,
         started=namespaces.start_ticks(namespaces.read_at(process, "stat", 4096)),
