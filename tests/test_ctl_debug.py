@@ -13,9 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from receiver.ctl import copying
+from receiver.ctl.debugging import open_plain
+from receiver.ctl.matching import Crash, UsageProblem
+from receiver.ctl.sources import Local
 from receiver.dump import open_nameless
 from receiver.frames import FRAME
 from receiver.record import Record
+from receiver.store import Store
 from tests.support.crashers import compile_crasher
 from tests.support.kept import HOSTILE, keep, new_record, run, start
 from tests.support.terminals import on_terminal
@@ -317,6 +322,18 @@ def test_a_file_without_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         open_nameless(["/nonexistent"])
     with pytest.raises(FileNotFoundError):
         open_nameless([])
+
+
+def test_a_strangers_core_leaves_room_for_others(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few bytes of a container's may be gigabytes, unpacked: not the last ones of the host's."""
+    record = keep(store, new_record(), b"x" * (3 * FRAME))
+    source = Local(Store(str(store)))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(copying, "KEEP_FREE", 1 << 60)
+    os.close(open_plain(Crash(record, source)))
+    source.name = "of a container"
+    with pytest.raises(UsageProblem, match="no room for the plain core"):
+        open_plain(Crash(record, source))
 
 
 def test_a_disk_without_room_for_it(store: Path, tool: Path, capsys: Captured) -> None:

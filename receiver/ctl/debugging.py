@@ -22,6 +22,8 @@ from receiver.retention import FULL
 from receiver.tables import shown
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from receiver.ctl.context import Context
     from receiver.ctl.matching import Crash
 
@@ -164,7 +166,8 @@ def open_plain(crash: Crash) -> int:
         target = dump.open_nameless(places)
         try:
             with Progress("unpack", record.core.size_bytes) as progress:
-                copied = dump.copy(core, target, record.core.size_bytes, progress)
+                told = progress if crash.source.name is None else _with_room_left(target, progress)
+                copied = dump.copy(core, target, record.core.size_bytes, told)
         except OSError as error:
             if error.errno not in (*FULL, errno.EFBIG):
                 raise
@@ -183,6 +186,22 @@ def open_plain(crash: Crash) -> int:
         for fd in (source, target):
             if fd >= 0:
                 os.close(fd)
+
+
+def _with_room_left(target: int, progress: Callable[[int], object]) -> Callable[[int], None]:
+    """Return what is to be told of a container's core that is unpacked: a small one may be of any size then.
+
+    It raises OSError when there would be no room for others.
+    """
+    from receiver.ctl.copying import KEEP_FREE  # noqa: PLC0415 - for strangers' cores alone
+
+    def told(size: int) -> None:
+        room = os.fstatvfs(target)
+        if room.f_bavail * room.f_frsize < KEEP_FREE:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        progress(size)
+
+    return told
 
 
 def _run(command: list[str], user: int | None, core: int) -> int:
