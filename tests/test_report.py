@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from receiver import report, statistics
+from receiver.ctl import main as run
 from receiver.record import Core, Record
 from receiver.report import Lost, charts
 from receiver.report.markup import Markup, tag
@@ -303,6 +304,20 @@ def test_the_command(crashed: str, tmp_path: Path) -> None:
     said = "\n".join(read(piped.stdout).texts)
     assert "only nginx" in said
     assert "/usr/lib/webshop/checkout" not in said
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs a file of another user's: sudo make test")
+def test_a_file_that_waits_for_the_page_does_not_get_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Root writes it, and its owner may not see what is in it."""
+    at = tmp_path / "report.html"
+    at.write_text("mine")
+    os.chown(at, 65534, 65534)
+    assert run(["--store", str(tmp_path / "none"), "report", "-o", str(at)]) == 1
+    assert "belongs to uid 65534" in capsys.readouterr().err
+    assert at.read_text() == "mine"
+    os.chown(at, 0, 0)
+    assert run(["--store", str(tmp_path / "none"), "report", "-o", str(at)]) == 0
+    assert "mine" not in at.read_text()
 
 
 def test_a_place_without_a_store_has_a_page(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import time
@@ -75,8 +76,14 @@ def run(context: Context) -> int:
         sys.stdout.buffer.write(data)
         return EXIT_OK
     # Like every file that one makes, but not for all to read: other users' programs are in it.
-    fd = os.open(options.output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOCTTY, 0o640)
+    fd = os.open(options.output, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY, 0o640)
     with open(fd, "wb") as file:
+        found = os.fstat(fd)
+        if stat.S_ISREG(found.st_mode):
+            if found.st_uid != os.geteuid():
+                # It was waiting here for somebody who may see more than he.
+                raise UsageProblem(f"{options.output}: belongs to uid {found.st_uid}. Remove it, or name another file")
+            os.ftruncate(fd, 0)
         file.write(data)
     if not options.quiet:
         print(f"{options.output}: {len(data)} bytes. Open it in a browser", file=sys.stderr)
