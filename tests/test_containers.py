@@ -843,6 +843,16 @@ def test_temporary_files_where_everybody_may_pass(tmp_path: Path, monkeypatch: p
     assert sysroot._place() == "/tmp"
 
 
+def test_no_temporary_files_where_another_user_may_swap_them(temporary: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root would write a container's files to wherever he points."""
+    monkeypatch.setenv("TMPDIR", temporary)
+    assert sysroot._place() == temporary
+    for owner, mode in ((65534, 0o755), (0, 0o777)):
+        os.chown(temporary, owner, owner)
+        os.chmod(temporary, mode)
+        assert sysroot._place() == "/var/tmp"
+
+
 # Names.
 
 WEB = "9ec39b91f3d70e1beff50a308f77067065ea6be0d91a3378375056cd4422cf3d"

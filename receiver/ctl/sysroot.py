@@ -11,6 +11,7 @@ import errno
 import os
 import random
 import shutil
+import stat
 import struct
 import tempfile
 import time
@@ -197,14 +198,23 @@ class Sysroot:
 
 
 def _place() -> str:
-    """Return a directory for large temporary files, $TMPDIR if everybody may pass through it."""
+    """Return a directory for large temporary files, $TMPDIR if everybody may pass through it.
+
+    And if nobody else may put another directory in the place of ours: $TMPDIR may be that of who runs us by sudo.
+    """
     wanted = os.path.realpath(os.environ.get("TMPDIR") or _LARGE_TEMPORARY)
     above = wanted
-    while os.path.isdir(above) and os.stat(above).st_mode & 0o001:
+    while os.path.isdir(above) and _is_safe(os.stat(above)):
         if above == "/":
             return wanted
         above = os.path.dirname(above)
     return _LARGE_TEMPORARY
+
+
+def _is_safe(found: os.stat_result) -> bool:
+    """Whether everybody may pass through a directory, and what is in it stays where we have put it."""
+    sticky = bool(found.st_mode & stat.S_ISVTX)
+    return bool(found.st_mode & 0o001) and found.st_uid in (0, os.geteuid()) and (sticky or not found.st_mode & 0o022)
 
 
 def clean_path(path: str) -> str:
