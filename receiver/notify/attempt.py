@@ -109,7 +109,8 @@ class Attempt:
         for kill in (os.killpg, os.kill):
             try:
                 kill(self._pid, signal.SIGKILL)
-            except ProcessLookupError:
+            except (ProcessLookupError, PermissionError):
+                # Not ours to kill: another user's, and we are without CAP_KILL. It is waited for then.
                 pass
 
     def _outcome(self, status: int) -> Outcome:
