@@ -118,6 +118,8 @@ def uninstall(root: str = "/") -> list[str]:
             if live and tree.read(f"{_UNITS}/{name}") is not None:
                 _stop(name)
             if tree.unlink(_link_of(name)):
+                # As systemctl disable does: the directory may be there only because of our link.
+                tree.remove_empty(os.path.dirname(_link_of(name)))
                 said.append(f"disabled: {name}")
         for path in paths:
             if tree.read(path) is not None:
@@ -428,14 +430,18 @@ class _Tree:
     def remove(self, path: str) -> None:
         """Remove a file, and the directory of drop-ins that it leaves empty. Raises ImageError."""
         self.unlink(path)
-        above, name = os.path.split(os.path.dirname(path))
-        if not (name.startswith("core_pipe-") and name.endswith(".d")):
-            return
+        directory = os.path.dirname(path)
+        name = os.path.basename(directory)
+        if name.startswith("core_pipe-") and name.endswith(".d"):
+            self.remove_empty(directory)
+
+    def remove_empty(self, path: str) -> None:
+        """Remove a directory when nothing is in it: somebody's own drop-ins or links may be. Raises ImageError."""
+        above, name = os.path.split(path)
         try:
             with self._directory(above) as at:
                 os.rmdir(name, dir_fd=at)
         except OSError:
-            # Somebody's own drop-ins are in it.
             pass
 
     def find(self, path: str) -> list[str]:

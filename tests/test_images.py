@@ -89,7 +89,17 @@ def test_install_and_uninstall(root: Path, accept: bool, host: bool, files: set[
     uninstall(str(root))
     assert found(root) == {"var/lib/core_pipe/a.core"}
     assert not list((root / UNITS).glob("core_pipe*"))
+    assert not list((root / UNITS).glob("*.wants")), "a directory that was there for our link only"
     assert uninstall(str(root)) == [f"nothing of core_pipe is installed in {root}."]
+
+
+def test_links_of_others_stay(root: Path) -> None:
+    others = root / f"{UNITS}/sockets.target.wants/other.socket"
+    others.parent.mkdir(parents=True)
+    others.symlink_to("/usr/lib/systemd/system/other.socket")
+    install(str(root))
+    uninstall(str(root))
+    assert list(others.parent.iterdir()) == [others]
 
 
 def test_enabling_needs_no_systemctl(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
