@@ -6,6 +6,8 @@ function __core_pipe_complete
     set -l words (commandline -opc)
     set -l current (commandline -ct)
     set -l program (string replace -r '.*/' '' -- $words[1])
+    # fish says on its own that there is no such program, whatever is redirected.
+    command -q $program; or return
     set -l answer (command $program __complete fish $words[2..-1] "$current" 2>/dev/null </dev/null)
     set -l option (string match -r '^--[^=]*=' -- $current)
     set -l path (string replace -r '^--[^=]*=' '' -- $current)
