@@ -143,12 +143,15 @@ def test_a_container_without_a_store(container: PlainContainer, capfd: pytest.Ca
     assert f"there is no {STORE} in it" in err
 
 
-@pytest.mark.parametrize("command", [["delete", "4711"], ["prune", "--to", "0"], ["usage"], ["watch"]])
+@pytest.mark.parametrize("command", [["delete", "4711"], ["prune", "--to", "0"], ["usage"], ["watch"], ["metrics"]])
 @pytest.mark.parametrize("where", [["-M", "web"], ["--all"]])
 def test_what_only_works_within(command: list[str], where: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     status, out, err = run(capfd, *command, *where)
     assert (status, out) == (1, "")
     assert "Run it in the container" in err
+    with pytest.raises(SystemExit):
+        ctl.main([command[0], "--help"])
+    assert "--machine" not in capfd.readouterr().out
 
 
 def test_one_or_all(capfd: pytest.CaptureFixture[str]) -> None:

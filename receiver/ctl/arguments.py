@@ -120,13 +120,15 @@ def add_matches(parser: argparse.ArgumentParser, *, least: str = "*", text: str 
     parser.add_argument("match", nargs=least, metavar="MATCH", help=text)
 
 
-def add_options(parser: argparse.ArgumentParser, groups: str) -> None:
-    """Let a command have the options of these groups (see GROUPS)."""
+def add_options(parser: argparse.ArgumentParser, groups: str, *, hidden: bool = False) -> None:
+    """Let a command have the options of these groups (see GROUPS). hidden: without offering them to anybody."""
     taken: set[str] = set(parser.get_default("taken") or ())
     for group in groups.split():
         for names, told in GROUPS[group]:
             more: dict[str, Any] = {"nargs": "?", "const": "pretty", "action": _JsonMode} if group == "json" else {}
-            taken.add(parser.add_argument(*names, **told, **more).dest)
+            if hidden:
+                more["help"] = argparse.SUPPRESS
+            taken.add(parser.add_argument(*names, **{**told, **more}).dest)
     parser.set_defaults(taken=frozenset(taken))
 
 

@@ -87,6 +87,10 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
+# These change or follow a store, which is done under its container's own rights and quotas.
+WITHIN = frozenset({"delete", "metrics", "prune", "usage", "watch"})
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line: what the program knows."""
     return _built()[0]
@@ -107,9 +111,9 @@ def _built() -> tuple[argparse.ArgumentParser, list[str]]:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for module in (listing, showing, taking, debugging, watching, removing, space, stats, reporting, metrics):
         module.add(commands)
-    for command in commands.choices.values():
-        # To all: a command that cannot look elsewhere says what to do instead (Context.path).
-        add_options(command, "containers")
+    for name, command in commands.choices.items():
+        # To all: a command that cannot look elsewhere says what to do instead (Context.path), and does not offer it.
+        add_options(command, "containers", hidden=name in WITHIN)
         # Without a default: what stands before the command stays.
         command.add_argument("--store", metavar="DIR", default=argparse.SUPPRESS, help=about)
     return parser, list(commands.choices)
