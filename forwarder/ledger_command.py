@@ -214,7 +214,10 @@ def lines(found: Ledger) -> list[str]:
         for gap in found.gaps[-SHOWN_GAPS:]
     ]
     if not found.watched:
-        said.append("Nobody watches now. Start it: systemctl enable --now core_pipe-ledger.service")
+        said.append(
+            "Nobody watches now. Start it: systemctl enable --now core_pipe-ledger.service, or "
+            "core-pipe-forwarder ledger --watch"
+        )
     return said
 
 

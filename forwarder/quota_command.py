@@ -119,7 +119,10 @@ def lines(tally: Tally, since: float, *, watched: bool, told: bool) -> list[str]
     if not told:
         said.append(NO_NETLINK)
     elif not watched:
-        said.append("Nobody watches now. Start it: systemctl enable --now core_pipe-ledger.service")
+        said.append(
+            "Nobody watches now. Start it: systemctl enable --now core_pipe-ledger.service, or "
+            "core-pipe-forwarder ledger --watch"
+        )
     return said
 
 
