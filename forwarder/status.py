@@ -119,7 +119,10 @@ def status(paths: Paths = HOST) -> Status:
             Problem(
                 f"{paths.at('/run/core_pipe.socket')} is not there: crashes of the host's own processes get a record, "
                 "and no core",
-                "core-pipe-receiver install --host",
+                # Where nothing reads units, installing them starts nobody.
+                "core-pipe-receiver install --host"
+                if ingress.systemd_keeps(paths)
+                else "let your supervisor keep running: core-pipe-receiver --listen /run/core_pipe.socket",
             )
         )
     watcher = summary(paths.at(BOOK))

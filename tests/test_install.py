@@ -770,9 +770,14 @@ class TestCommandLine:
         assert cli.main(["status", "--json"]) == 1
         assert json.loads(capsys.readouterr().out)["problems"]
         assert cli.main(["status"]) == 1
-        assert "mend: core-pipe-receiver install" in capsys.readouterr().out
+        # Nothing reads units below this prefix, as on a host without systemd.
+        assert "core-pipe-receiver --listen /run/core_pipe.socket" in capsys.readouterr().out
+        with monkeypatch.context() as systemd:
+            systemd.setattr(ingress, "systemd_keeps", lambda _: True)
+            assert cli.main(["status"]) == 1
+            assert "mend: core-pipe-receiver install --host" in capsys.readouterr().out
         assert cli.main(["install", "--runtime"]) == 0
-        assert "core-pipe-receiver install" in capsys.readouterr().err
+        assert "core-pipe-receiver --listen" in capsys.readouterr().err
         assert cli.main(["uninstall"]) == 0
         capsys.readouterr()
         assert cli.main(["uninstall"]) == 0
