@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from forwarder import namespaces
@@ -935,7 +935,8 @@ FIELDS = st.sampled_from(sorted(Record.__annotations__))
 CORE_FIELDS = st.sampled_from(sorted(Core.__annotations__))
 
 
-@settings(max_examples=200)
+# To make such records is slow on a busy machine, which says nothing about them.
+@settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(FIELDS, JSON, max_size=4), st.dictionaries(CORE_FIELDS, JSON, max_size=3))
 def test_what_passes_can_be_shown(changed: dict[str, Any], core: dict[str, Any]) -> None:
     """By every way in which records are shown."""
