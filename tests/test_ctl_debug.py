@@ -100,6 +100,19 @@ def test_gdb_opens_it(store: Path, real: tuple[str, bytes], compression: str) ->
 
 
 @needs_gdb
+@pytest.mark.skipif(
+    shutil.which("lldb") is None, reason="lldb is large, and not installed by make. Run: apt install lldb"
+)
+@pytest.mark.parametrize("compression", ["zstd", "none"])
+def test_lldb_opens_it(store: Path, real: tuple[str, bytes], compression: str) -> None:
+    program, core = real
+    keep(store, new_record(comm="crash", exe=program), core, compression=compression)
+    done = debug(store, "crash", "--debugger=lldb", "-A", "--batch -o bt")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"crash`main", done.stdout), done.stdout
+
+
+@needs_gdb
 def test_gdbs_exit_status_is_ours(store: Path, real: tuple[str, bytes]) -> None:
     program, core = real
     keep(store, new_record(exe=program), core)
