@@ -495,7 +495,7 @@ def test_a_store_that_cannot_be_used_costs_a_line(told_host: Host, how: str, mon
         def write_all(*_: object) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        monkeypatch.setattr("receiver.notify.quota.write_all", write_all)
+        monkeypatch.setattr("receiver.notify.queue.write_all", write_all)
     elif how == "others'":
         store.chmod(0o777)
     elif how == "a link":

@@ -210,8 +210,11 @@ def read(directory: int) -> Queue | None:
 
 def write(directory: int, queue: Queue) -> None:
     """Replace the queue on the disk. Raises OSError, and then the old one stands."""
-    data = queue.dumps()
-    new = f"{STATE}.new"
+    put(directory, f"{STATE}.new", STATE, queue.dumps())
+
+
+def put(directory: int, new: str, name: str, data: bytes) -> None:
+    """Write a file whole, or not at all. new: its name until it is whole. Raises OSError."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     fd = os.open(new, flags, 0o600, dir_fd=directory)
     try:
@@ -219,7 +222,7 @@ def write(directory: int, queue: Queue) -> None:
             write_all(fd, data)
         finally:
             os.close(fd)
-        os.rename(new, STATE, src_dir_fd=directory, dst_dir_fd=directory)
+        os.rename(new, name, src_dir_fd=directory, dst_dir_fd=directory)
     except OSError:
         os.unlink(new, dir_fd=directory)
         raise

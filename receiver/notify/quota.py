@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from receiver import notify
+from receiver.notify.queue import put
 from receiver.record import new_id, rfc3339
 from receiver.retention import QUOTA, listed
-from receiver.store import ID, write_all
+from receiver.store import ID
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -60,7 +61,9 @@ def leave(path: str, events: Sequence[dict[str, Any]]) -> tuple[int, str]:
             return len(events), f"{path}: others could put files there"
         for event in events:
             try:
-                _write(directory, json.dumps(event, allow_nan=False).encode("ascii"))
+                # 0: of no process. A crash's id has its pid there.
+                name = new_id(time.time(), 0) + QUOTA
+                put(directory, NEW, name, json.dumps(event, allow_nan=False).encode("ascii"))
             except (OSError, ValueError) as error:
                 untold, why = untold + 1, f"{path}: {(isinstance(error, OSError) and error.strerror) or error}"
         for owner in sorted(owners_in(directory))[:-MOST]:
@@ -72,23 +75,6 @@ def leave(path: str, events: Sequence[dict[str, Any]]) -> tuple[int, str]:
     finally:
         os.close(directory)
     return untold, why
-
-
-def _write(directory: int, data: bytes) -> None:
-    """Write one event whole, or not at all. Raises OSError."""
-    # 0: of no process. A crash's id has its pid there.
-    name = new_id(time.time(), 0) + QUOTA
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    fd = os.open(NEW, flags, 0o600, dir_fd=directory)
-    try:
-        try:
-            write_all(fd, data)
-        finally:
-            os.close(fd)
-        os.rename(NEW, name, src_dir_fd=directory, dst_dir_fd=directory)
-    except OSError:
-        os.unlink(NEW, dir_fd=directory)
-        raise
 
 
 def remove(directory: int, owner: str) -> None:
