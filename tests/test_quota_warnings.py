@@ -121,6 +121,8 @@ def test_a_container_that_uses_its_quota_up(tmp_path: Path, scene: Any) -> None:
     project = by_quota["space_hard", "project", PROJECT]
     assert (project.count, project.caused_by, project.containers, project.below) == (1, WEB, containers, 0)
     # A storm is one record.
+    # A callback has heard of it.
+    assert ("space_hard", WEB, containers) in [(one["kind"], one["id"], one["containers"]) for one in found["told"]]
     assert found["crossings"] == CROSSINGS
     flood = by_quota["inodes_soft", "user", FLOOD]
     assert flood.count + found["lost"] >= CROSSINGS + OVERRUN

@@ -31,6 +31,7 @@ from forwarder.quota import events as quota_events
 from forwarder.quota.events import QuotaEvents
 from forwarder.quota.owners import Owners
 from forwarder.quota.tally import MAX_IDS
+from forwarder.quota.tell import Tell
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -202,7 +203,9 @@ class Watching:
                         said.flush()
 
                     notes = Notes(f"{directory}/handled")
-                    watcher = Watcher(NoCrashes(), Book(self.book), notes, quota=events, say=say)  # type: ignore[arg-type]
+                    crashes: Any = NoCrashes()
+                    tell = Tell(f"{directory}/store", say)
+                    watcher = Watcher(crashes, Book(self.book), notes, quota=events, tell=tell, say=say)
                     os.write(ready_end, b"x")
                     watcher.run(wake)
                     with open(f"{directory}/seconds", "w", encoding="ascii") as file:
@@ -233,6 +236,25 @@ class Watching:
         os.close(self._wake)
 
 
+def want_to_be_told(directory: str) -> None:
+    """Set a callback up, a program that writes down what it is told."""
+    os.mkdir(f"{directory}/store", 0o755)
+    with open(f"{directory}/receiver.toml", "w", encoding="ascii") as file:
+        file.write(
+            f'store = "{directory}/store"\n[[notify]]\nname = "book"\nevents = ["quota"]\nuser = "root"\n'
+            f'run = ["/bin/sh", "-c", "cat >>{directory}/told"]\n'
+        )
+    os.environ["CORE_PIPE_CONFIG"] = f"{directory}/receiver.toml"
+
+
+def told(directory: str) -> list[dict[str, Any]]:
+    """Be the deliverer until nothing is left; return what the callback was told."""
+    program = "import sys; from receiver.cli import main; sys.exit(main(['notify']))"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    with open(f"{directory}/told", encoding="ascii") as file:
+        return [json.loads(line) for line in file]
+
+
 def play(device: str, point: str, directory: str, cgroup: str) -> dict[str, Any]:
     """Have a container use its quotas up; return what came of it."""
     result: dict[str, Any] = {}
@@ -249,6 +271,7 @@ def play(device: str, point: str, directory: str, cgroup: str) -> dict[str, Any]
     os.chmod(f"{point}/project", 0o777)
     container = Container(cgroup)
     result["device"] = f"{os.major(os.stat(device).st_rdev)}:{os.minor(os.stat(device).st_rdev)}"
+    want_to_be_told(directory)
     try:
         watching = Watching(directory)
         result["whole"] = container.run(WEB, lambda: fill(f"{point}/web", 4 << 20))
@@ -257,6 +280,8 @@ def play(device: str, point: str, directory: str, cgroup: str) -> dict[str, Any]
         watching.wait_for(lambda counts: counts.get("space_hard") == 1)
         watching.kill()
         result["killed"] = [asdict(one) for one in read_book(watching.book).quota.records.values()]
+
+        result["told"] = told(directory)
 
         watching = Watching(directory)
         # The same hour: it counts.
